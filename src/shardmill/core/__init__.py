@@ -1,0 +1,1 @@
+"""Pure planning: names and numbers in, frozen values out. Standard library only."""

@@ -1,0 +1,101 @@
+"""Checks of single tensors against their decision; they return every problem and change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from shardmill.core.dtypes import COMPUTABLE
+from shardmill.core.experts import HALVES, parse_stack
+from shardmill.core.plan import COPY, SPLIT, Plan, ShardPlan, TensorPlan, units_of
+from shardmill.core.scheme import Scheme
+from shardmill.errors import Problem
+
+_SHOWN_DIVISORS = 6
+
+
+def divisors(width: int, limit: int = 512) -> tuple[int, ...]:
+    """Group sizes that would work for `width` input features, largest first.
+
+    >>> divisors(576)[:4]
+    (288, 192, 144, 96)
+    """
+    return tuple(size for size in range(min(width, limit), 7, -1) if width % size == 0 and size % 4 == 0 and size != width)
+
+
+def check_shard(shard: ShardPlan, taken: Collection[str] = ()) -> list[Problem]:
+    """Find every tensor of a shard that cannot be treated as decided.
+
+    Args:
+        taken: names of all source tensors of the checkpoint: generated names must not collide with them.
+    """
+    problems: list[Problem] = []
+    for tensor in shard.tensors:
+        if tensor.action != COPY:
+            found = _check_tensor(tensor, shard.schemes)
+            problems += found or _check_names(tensor, shard.schemes, taken)
+    return [
+        Problem(file=shard.name, tensor=p.tensor, kind=p.kind, message=p.message, way_out=p.way_out) for p in sorted(problems)
+    ]
+
+
+def source_names(plan: Plan) -> frozenset[str]:
+    """Names of all source tensors."""
+    return frozenset(tensor.spec.name for shard in plan.shards for tensor in shard.tensors)
+
+
+def check_plan(plan: Plan) -> list[Problem]:
+    """Every problem of the plan and of all its shards, sorted."""
+    taken = source_names(plan)
+    found = [problem for shard in plan.shards for problem in check_shard(shard, taken)]
+    return sorted({*plan.problems, *found})
+
+
+def _check_tensor(tensor: TensorPlan, schemes: tuple[Scheme, ...]) -> list[Problem]:
+    spec = tensor.spec
+    if tensor.action != SPLIT and len(spec.shape) != 2:
+        message = f"expected a matrix, found shape {list(spec.shape)}"
+        return [Problem(tensor=spec.name, kind="wrong-rank", message=message, way_out="drop the target that names it, or ignore it")]
+    if tensor.scheme >= 0 and spec.dtype not in COMPUTABLE:
+        message = f"expected F16, BF16, F32 or F64, found {spec.dtype}: it seems to be quantized already"
+        return [Problem(tensor=spec.name, kind="already-quantized", message=message, way_out="add it to `ignore`")]
+    if tensor.action == SPLIT and (problem := _check_halves(tensor)):
+        return [problem]
+    if tensor.scheme < 0:
+        return []
+    unit = next(units_of(tensor, schemes), None)
+    return _check_width(tensor, schemes[tensor.scheme], unit.cols if unit else 0)
+
+
+def _check_halves(tensor: TensorPlan) -> Problem | None:
+    spec = tensor.spec
+    stack = parse_stack(spec.name, spec.shape)
+    halves = len(HALVES[stack.leaf]) if stack else 1
+    axis = 2 if tensor.layout != "rows" and len(spec.shape) == 3 else 1
+    if spec.shape[axis] % halves == 0:
+        return None
+    message = f"gate and up cannot be told apart: axis {axis} of shape {list(spec.shape)} is odd"
+    return Problem(tensor=spec.name, kind="expert-layout", message=message, way_out="check expert_layout")
+
+
+def _check_width(tensor: TensorPlan, scheme: Scheme, width: int) -> list[Problem]:
+    size = scheme.weights.group_size
+    if not size or width % size == 0:
+        return []
+    working = ", ".join(map(str, divisors(width)[:_SHOWN_DIVISORS]))
+    advice = f"set group_size to a divisor ({working})" if scheme.weights.strategy == "group" and not scheme.weights.is_mx else ""
+    way_out = " or ".join(part for part in ("add it to `ignore`", advice if working else "") if part)
+    message = f"group_size {size} does not divide in_features {width} (shape {list(tensor.spec.shape)})"
+    return [Problem(tensor=tensor.spec.name, kind="group-indivisible", message=message, way_out=way_out)]
+
+
+def _check_names(tensor: TensorPlan, schemes: tuple[Scheme, ...], taken: Collection[str]) -> list[Problem]:
+    clashes = [
+        spec.name
+        for unit in units_of(tensor, schemes)
+        for spec in unit.outputs
+        if spec.name != tensor.spec.name and spec.name in taken
+    ]
+    return [
+        Problem(tensor=name, kind="name-collision", message="quantization would write this name, and the source has it already")
+        for name in clashes
+    ]

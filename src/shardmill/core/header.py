@@ -1,0 +1,220 @@
+"""safetensors headers: a strict parser and a deterministic encoder.
+
+The library's own reader lets duplicate keys and unknown fields pass; this one does not. `parse_header` returns a valid
+value or raises `CheckpointInvalid`; nothing later checks again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from shardmill.core.dtypes import BITS, size_in_bytes
+from shardmill.errors import CheckpointInvalid, Problem, refuse, show
+
+LENGTH_BYTES: Final = 8
+"""Bytes of the little-endian header length that opens every shard."""
+HEADER_LIMIT: Final = 100_000_000
+"""Largest header of the format in bytes; the library refuses more."""
+NAME_BYTES_LIMIT: Final = 4096
+RANK_LIMIT: Final = 8
+ALIGNMENT: Final = 8
+WRITTEN_METADATA: Final = (("format", "pt"),)
+"""Loaders look for `format: pt`."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of a shard.
+
+    >>> TensorSpec("w", "BF16", (2, 3), 0, 12).nbytes
+    12
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    """First byte, counted from the start of the data section."""
+    end: int
+    """First byte after the tensor."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return self.end - self.begin
+
+
+@dataclass(frozen=True, slots=True)
+class ShardHeader:
+    """The parsed header of one shard; tensors in order of their data."""
+
+    tensors: tuple[TensorSpec, ...]
+    metadata: tuple[tuple[str, str], ...]
+    data_start: int
+    """Offset of the data section in the file, in bytes."""
+
+    @property
+    def size(self) -> int:
+        """Exact size of the file in bytes."""
+        return self.data_start + max((t.end for t in self.tensors), default=0)
+
+
+def header_length(head: bytes, file_size: int, *, file: str = "") -> int:
+    """Read the header's length from the first 8 bytes of a shard.
+
+    Raises:
+        CheckpointInvalid: the file is too short or the length is impossible.
+
+    >>> header_length((16).to_bytes(8, "little"), 100)
+    16
+    """
+    if len(head) < LENGTH_BYTES:
+        raise refuse("shard-truncated", f"expected a safetensors file, found {file_size} bytes", file=file)
+    length = int.from_bytes(head[:LENGTH_BYTES], "little")
+    if length > HEADER_LIMIT:
+        raise refuse("header-too-large", f"header of {length} bytes, the limit is {HEADER_LIMIT}", file=file)
+    if length < 2 or LENGTH_BYTES + length > file_size:
+        raise refuse(
+            "shard-truncated",
+            f"header says {length} bytes, the file has {file_size}",
+            file=file,
+            way_out="fetch the file again",
+        )
+    return length
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {show(twice)} stands twice")
+    return found
+
+
+def _no_constants(text: str) -> Any:
+    raise ValueError(f"{text} is not JSON")
+
+
+def parse_json(data: bytes, *, file: str, kind: str) -> Any:
+    """Parse UTF-8 JSON strictly: no duplicate key, no NaN; a byte order mark is passed over.
+
+    Raises:
+        CheckpointInvalid: of the given `kind`.
+
+    >>> parse_json(b'{"a": 1}', file="config.json", kind="config")
+    {'a': 1}
+    """
+    try:
+        text = data.decode("utf-8-sig")
+        return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+    except (ValueError, RecursionError) as error:
+        raise refuse(kind, f"not valid JSON: {error or type(error).__name__}", file=file) from error
+
+
+def parse_header(data: bytes, file_size: int, *, file: str = "") -> ShardHeader:
+    """Parse the JSON head of a shard of `file_size` bytes; `data` holds the JSON without its length.
+
+    The law: tensors cover the data section exactly, with no hole, no overlap and nothing after.
+
+    Raises:
+        CheckpointInvalid: with every defect of the header.
+
+    >>> parse_header(b'{"w":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}', 63).tensors[0].shape
+    (2,)
+    """
+    if not data.startswith(b"{"):
+        raise refuse("header-invalid", "header does not start with `{`", file=file)
+    raw = parse_json(data, file=file, kind="header-invalid")
+    if not isinstance(raw, dict):
+        raise refuse("header-invalid", "header is no JSON object", file=file)
+    problems: list[Problem] = []
+    metadata = _parse_metadata(raw.pop("__metadata__", {}), file, problems)
+    specs = [spec for name, entry in raw.items() if (spec := _parse_entry(name, entry, file, problems))]
+    specs.sort(key=lambda spec: (spec.begin, spec.end, spec.name))
+    header = ShardHeader(tuple(specs), metadata, LENGTH_BYTES + len(data))
+    if not problems:
+        problems = _check_extent(header, file_size, file)
+    if problems:
+        raise CheckpointInvalid(problems)
+    return header
+
+
+def _parse_metadata(raw: Any, file: str, problems: list[Problem]) -> tuple[tuple[str, str], ...]:
+    if isinstance(raw, dict) and all(isinstance(value, str) for value in raw.values()):
+        return tuple(sorted(raw.items()))
+    problems.append(Problem(file=file, kind="header-invalid", message="`__metadata__` must map strings to strings"))
+    return ()
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _name_defect(name: str) -> str | None:
+    if not name:
+        return "a tensor has an empty name"
+    if len(name.encode("utf-8", "surrogatepass")) > NAME_BYTES_LIMIT:
+        return f"tensor name longer than {NAME_BYTES_LIMIT} bytes"
+    return None if name.isprintable() else "tensor name holds control or invisible characters"
+
+
+def _entry_defect(name: str, entry: Any) -> str | None:
+    if defect := _name_defect(name):
+        return defect
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        return "expected exactly dtype, shape and data_offsets"
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in BITS:
+        return f"unknown dtype {show(str(dtype))}"
+    if not isinstance(shape, list) or len(shape) > RANK_LIMIT or not all(map(_is_count, shape)):
+        return f"shape must be at most {RANK_LIMIT} non-negative integers"
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+        return "data_offsets must be two non-negative integers"
+    expected = size_in_bytes(dtype, tuple(shape))
+    if expected != offsets[1] - offsets[0]:
+        return f"{dtype} {shape} takes {expected} bytes, data_offsets span {offsets[1] - offsets[0]}"
+    return None
+
+
+def _parse_entry(name: str, entry: Any, file: str, problems: list[Problem]) -> TensorSpec | None:
+    if defect := _entry_defect(name, entry):
+        problems.append(Problem(file=file, tensor=name, kind="header-invalid", message=defect))
+        return None
+    begin, end = entry["data_offsets"]
+    return TensorSpec(name, entry["dtype"], tuple(entry["shape"]), begin, end)
+
+
+def _check_extent(header: ShardHeader, file_size: int, file: str) -> list[Problem]:
+    problems: list[Problem] = []
+    reached = 0
+    for spec in header.tensors:
+        if spec.nbytes and spec.begin != reached:
+            word = "overlap" if spec.begin < reached else "hole"
+            message = f"{word} in the data section: byte {reached} expected, data_offsets begin at {spec.begin}"
+            problems.append(Problem(file=file, tensor=spec.name, kind="header-invalid", message=message))
+        reached = max(reached, spec.end)
+    if header.data_start + reached != file_size:
+        message = f"expected {header.data_start + reached} bytes by its header, found {file_size}"
+        kind = "shard-truncated" if header.data_start + reached > file_size else "shard-too-long"
+        problems.append(Problem(file=file, kind=kind, message=message, way_out="fetch the file again"))
+    return problems
+
+
+def encode_header(tensors: Iterable[tuple[str, str, Sequence[int], int, int]], metadata: Sequence[tuple[str, str]]) -> bytes:
+    """Write length and JSON head for `(name, dtype, shape, begin, end)` rows, padded with spaces to a multiple of 8.
+
+    Deterministic: metadata first and sorted, tensors in the given order.
+
+    >>> encode_header([("w", "U8", (2,), 0, 2)], [])[8:]
+    b'{"w":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}   '
+    """
+    table: dict[str, Any] = {"__metadata__": dict(sorted(metadata))} if metadata else {}
+    for name, dtype, shape, begin, end in tensors:
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    body = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    body += b" " * (-len(body) % ALIGNMENT)
+    return len(body).to_bytes(LENGTH_BYTES, "little") + body

@@ -1,0 +1,77 @@
+"""The index of a sharded checkpoint: `model.safetensors.index.json`, tensor name to shard name."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from shardmill.core.header import parse_json
+from shardmill.errors import CheckpointInvalid, Problem, refuse, show
+
+INDEX_NAME: Final = "model.safetensors.index.json"
+SINGLE_NAME: Final = "model.safetensors"
+_COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
+_DEPTH = 4
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointIndex:
+    """Which shard holds which tensor; `weight_map` keeps the order of the file.
+
+    >>> CheckpointIndex((("a", "1.safetensors"), ("b", "1.safetensors"))).shards
+    ('1.safetensors',)
+    """
+
+    weight_map: tuple[tuple[str, str], ...]
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        """Shard names, sorted."""
+        return tuple(sorted({shard for _, shard in self.weight_map}))
+
+
+def is_shard_name(name: str) -> bool:
+    """Tell whether `name` is a relative shard path of up to four plain components.
+
+    >>> is_shard_name("model-00001-of-00002.safetensors"), is_shard_name("../x.safetensors"), is_shard_name("/x.safetensors")
+    (True, False, False)
+    """
+    parts = name.split("/")
+    plain = all(_COMPONENT.fullmatch(part) and part != ".." for part in parts)
+    return plain and len(parts) <= _DEPTH and name.endswith(".safetensors")
+
+
+def parse_index(data: bytes, *, file: str = INDEX_NAME) -> CheckpointIndex:
+    """Parse an index file.
+
+    Raises:
+        CheckpointInvalid: not JSON, no `weight_map`, or a shard name that is no plain relative path.
+
+    >>> parse_index(b'{"weight_map": {"a.weight": "m.safetensors"}}').weight_map
+    (('a.weight', 'm.safetensors'),)
+    """
+    raw = parse_json(data, file=file, kind="index-invalid")
+    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise refuse("index-invalid", "expected an object with a non-empty `weight_map`", file=file)
+    problems = [
+        Problem(file=file, tensor=tensor, kind="shard-name", message=f"shard name {show(str(shard))} is not a plain relative path")
+        for tensor, shard in weight_map.items()
+        if not isinstance(shard, str) or not is_shard_name(shard)
+    ]
+    if problems:
+        raise CheckpointInvalid(problems)
+    return CheckpointIndex(tuple(weight_map.items()))
+
+
+def encode_index(weight_map: Mapping[str, str], total_size_bytes: int) -> bytes:
+    """Write an index, names sorted.
+
+    >>> encode_index({"b": "x", "a": "x"}, 3).count(b"total_size")
+    1
+    """
+    document = {"metadata": {"total_size": total_size_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    return json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n"

@@ -1,0 +1,204 @@
+"""Exact output layout: names, dtypes, shapes and byte offsets of everything a shard plan will write.
+
+No data is needed for it: all of it follows from the headers and the decisions. The order is fixed here, so that a shard
+can be streamed with its header first: tensors in source order, codes before their scales; tensors whose sizes would
+break the alignment of what follows come after the others, and scalars come last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import lcm
+from typing import Final
+
+from shardmill.core.dtypes import BITS, scale_dtype_for, size_in_bytes
+from shardmill.core.header import ALIGNMENT, WRITTEN_METADATA, TensorSpec, encode_header
+from shardmill.core.scheme import Scheme, WeightArgs
+
+WORD_BITS: Final = 32
+_SCALAR_BYTES: Final = 16
+BLOCK_BYTES: Final = 32 << 20
+"""Target size of a row block in source bytes: memory per worker is a small multiple of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputSpec:
+    """One tensor to be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data; every dtype that is written fills whole bytes."""
+        return size_in_bytes(self.dtype, self.shape) or 0
+
+    @property
+    def param(self) -> str:
+        """What stands after the last dot."""
+        return self.name.rpartition(".")[2]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """One output weight and where its values lie in the source tensor.
+
+    The slab is a matrix of the source, stored row by row; the unit is rows `first`, `first + step`, ... of the slab or
+    of its transpose. A copied tensor is a unit without scheme whose slab is never looked into.
+    """
+
+    tensor: TensorSpec
+    module: str
+    rows: int
+    cols: int
+    outputs: tuple[OutputSpec, ...]
+    scheme: Scheme | None = None
+    begin: int
+    """First byte of the slab, counted from the start of the source's data section."""
+    slab: tuple[int, int]
+    first: int = 0
+    step: int = 1
+    transposed: bool = False
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the unit's rows are one byte range of the source."""
+        return not self.transposed and self.step == 1
+
+    @property
+    def row_bytes(self) -> int:
+        """Source bytes of one row of the unit."""
+        return self.cols * BITS[self.tensor.dtype] // 8
+
+
+def _ceil(value: int, divisor: int) -> int:
+    return -(-value // divisor)
+
+
+def row_alignment(args: WeightArgs) -> int:
+    """Rows whose multiple a row block must start at: words of packed zero points, and whole scale blocks.
+
+    >>> row_alignment(WeightArgs()), row_alignment(WeightArgs(type="float", strategy="block", block_structure=(48, 1)))
+    (32, 96)
+    """
+    return lcm(WORD_BITS, args.block_structure[0] if args.block_structure else 1)
+
+
+def rows_per_block(unit: Unit, args: WeightArgs) -> int:
+    """Rows of one row block: about `BLOCK_BYTES` of source, a multiple of `row_alignment`."""
+    step = row_alignment(args)
+    return max(step, BLOCK_BYTES // max(1, unit.row_bytes) // step * step)
+
+
+def scale_shape(args: WeightArgs, rows: int, cols: int) -> tuple[int, ...]:
+    """Shape of `weight_scale` for a `[rows, cols]` weight.
+
+    >>> scale_shape(WeightArgs(type="float", strategy="block", block_structure=(128, 128)), 200, 128)
+    (2, 1)
+    """
+    if args.strategy == "tensor":
+        return (1,)
+    if args.strategy == "channel":
+        return (rows, 1)
+    if args.block_structure:
+        return (_ceil(rows, args.block_structure[0]), _ceil(cols, args.block_structure[1]))
+    return (rows, cols // (args.group_size or 1))
+
+
+def _scale_dtype(args: WeightArgs, source_dtype: str) -> str:
+    return {"uint8": "U8", "float8_e4m3fn": "F8_E4M3"}.get(args.scale_dtype or "") or scale_dtype_for(source_dtype)
+
+
+def _codes(scheme: Scheme, rows: int, cols: int) -> tuple[str, str, tuple[int, ...]]:
+    args = scheme.weights
+    if scheme.format == "pack-quantized":
+        return "weight_packed", "I32", (rows, _ceil(cols * args.num_bits, WORD_BITS))
+    if scheme.format in ("nvfp4-pack-quantized", "mxfp4-pack-quantized"):
+        return "weight_packed", "U8", (rows, cols // 2)
+    return "weight", "I8" if args.type == "int" else "F8_E4M3", (rows, cols)
+
+
+def quantized_outputs(module: str, scheme: Scheme, rows: int, cols: int, source_dtype: str) -> tuple[OutputSpec, ...]:
+    """Tensors that replace a `[rows, cols]` weight, codes first.
+
+    >>> from shardmill.core.scheme import parse_scheme
+    >>> [o.param for o in quantized_outputs("m", parse_scheme("W4A16_ASYM"), 64, 128, "BF16")]
+    ['weight_packed', 'weight_scale', 'weight_zero_point', 'weight_shape']
+    """
+    args = scheme.weights
+    scales = scale_shape(args, rows, cols)
+    found = [_codes(scheme, rows, cols), ("weight_scale", _scale_dtype(args, source_dtype), scales)]
+    packed = scheme.format == "pack-quantized"
+    if not args.symmetric:
+        in_words = packed and args.strategy in ("group", "channel")
+        shape = (_ceil(rows * args.num_bits, WORD_BITS), *scales[1:]) if in_words else scales
+        found.append(("weight_zero_point", "I32" if in_words else "I8", shape))
+    if args.has_global_scale:
+        found.append(("weight_global_scale", "F32", (1,)))
+    if packed:
+        found.append(("weight_shape", "I64", (2,)))
+    prefix = f"{module}." if module else ""
+    return tuple(OutputSpec(prefix + param, dtype, shape) for param, dtype, shape in found)
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """An output tensor at its place in the data section of the output shard."""
+
+    spec: OutputSpec
+    begin: int
+    end: int
+    unit: int
+    """Position in the shard's sequence of units."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardLayout:
+    """Everything about the bytes of one output shard but the data."""
+
+    units: tuple[Unit, ...]
+    """In the order in which they are encoded."""
+    placed: tuple[Placed, ...]
+    """In the order in which they are written."""
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of the data section."""
+        return self.placed[-1].end if self.placed else 0
+
+    def header(self) -> bytes:
+        """Length and JSON head of the file."""
+        rows = ((p.spec.name, p.spec.dtype, p.spec.shape, p.begin, p.end) for p in self.placed)
+        return encode_header(rows, WRITTEN_METADATA)
+
+
+def _is_scalar(spec: OutputSpec) -> bool:
+    return spec.nbytes <= _SCALAR_BYTES and spec.nbytes % ALIGNMENT != 0
+
+
+def _breaks_alignment(unit: Unit) -> bool:
+    return any(spec.nbytes % ALIGNMENT and not _is_scalar(spec) for spec in unit.outputs)
+
+
+def _widest(unit: Unit) -> int:
+    return max((BITS[spec.dtype] for spec in unit.outputs), default=0)
+
+
+def place(units: Sequence[Unit]) -> ShardLayout:
+    """Order units and lay their outputs out without holes."""
+    aligned = [unit for unit in units if not _breaks_alignment(unit)]
+    ragged = sorted((unit for unit in units if _breaks_alignment(unit)), key=_widest, reverse=True)
+    ordered = (*aligned, *ragged)
+    body = [(spec, n) for n, unit in enumerate(ordered) for spec in unit.outputs if not _is_scalar(spec)]
+    scalars = [(spec, n) for n, unit in enumerate(ordered) for spec in unit.outputs if _is_scalar(spec)]
+    scalars.sort(key=lambda entry: (-BITS[entry[0].dtype], entry[1]))
+    return ShardLayout(ordered, tuple(_offsets([*body, *scalars])))
+
+
+def _offsets(entries: Iterable[tuple[OutputSpec, int]]) -> Iterator[Placed]:
+    begin = 0
+    for spec, unit in entries:
+        yield Placed(spec, begin, begin + spec.nbytes, unit)
+        begin += spec.nbytes

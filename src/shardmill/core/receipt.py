@@ -1,0 +1,104 @@
+"""Receipts: what vouches for a blob in the store. Data only; written last, after the blob is durable."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from shardmill.core.digest import Digest
+from shardmill.core.statistics import Statistics
+
+SCHEMA: Final = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlobDigests:
+    """Digests of one file: whole, and of its first and last block, which are cheap to check again."""
+
+    whole: Digest
+    head: Digest
+    tail: Digest
+    size: int
+    """In bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightRecord:
+    """Error statistics of one quantized weight."""
+
+    module: str
+    scheme: str
+    statistics: Statistics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """Binds a job key to the bytes that the job gave."""
+
+    key: str
+    blob: BlobDigests
+    tensors: tuple[str, ...]
+    """Names of the tensors in the blob, in order."""
+    weights: tuple[WeightRecord, ...]
+    """Of the quantized weights, in order."""
+    producer: tuple[tuple[str, str], ...]
+    """Versions of what computed it."""
+
+    def to_bytes(self) -> bytes:
+        """Encode as JSON."""
+        document = {
+            "schema": SCHEMA,
+            "key": self.key,
+            "blob": {
+                "digest": str(self.blob.whole),
+                "head": str(self.blob.head),
+                "tail": str(self.blob.tail),
+                "size": self.blob.size,
+            },
+            "tensors": list(self.tensors),
+            "weights": [{"module": w.module, "scheme": w.scheme, **w.statistics.to_json()} for w in self.weights],
+            "producer": dict(self.producer),
+        }
+        return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def parse_receipt(data: bytes) -> Receipt:
+    """Read a receipt.
+
+    Raises:
+        ValueError: not JSON, another schema, or a field is missing or of the wrong type.
+    """
+    try:
+        raw = json.loads(data)
+        if raw["schema"] != SCHEMA:
+            raise ValueError(f"receipt schema {raw['schema']!r}, expected {SCHEMA}")
+        return Receipt(
+            key=_text(raw["key"]),
+            blob=_parse_blob(raw["blob"]),
+            tensors=tuple(map(_text, raw["tensors"])),
+            weights=tuple(_parse_weight(entry) for entry in raw["weights"]),
+            producer=tuple((_text(name), _text(version)) for name, version in sorted(raw["producer"].items())),
+        )
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"malformed receipt: {type(error).__name__} {error}") from error
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected a string, found {type(value).__name__}")
+    return value
+
+
+def _parse_blob(raw: Mapping[str, Any]) -> BlobDigests:
+    size = raw["size"]
+    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+        raise TypeError("size must be a non-negative integer")
+    whole, head, tail = (Digest.parse(_text(raw[field])) for field in ("digest", "head", "tail"))
+    return BlobDigests(whole=whole, head=head, tail=tail, size=size)
+
+
+def _parse_weight(raw: Mapping[str, Any]) -> WeightRecord:
+    numbers = {name: value for name, value in raw.items() if name not in ("module", "scheme")}
+    return WeightRecord(_text(raw["module"]), _text(raw["scheme"]), Statistics.from_json(numbers))

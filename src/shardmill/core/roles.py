@@ -1,0 +1,107 @@
+"""Default roles: modules that stay as they are unless the recipe names them, as a table with its reasons."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """A kind of module that engines run dense."""
+
+    name: str
+    why: str
+    leaves: frozenset[str] = frozenset()
+    """Last components of the module name, lower case."""
+    pattern: str | None = None
+    """Expression searched in the lower-case module name."""
+    anywhere: frozenset[str] = frozenset()
+    """Components that give the role wherever they stand."""
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+ROLES: Final[tuple[Role, ...]] = (
+    Role(
+        "embedding",
+        "engines load few quantized embeddings, and heads are tied to them",
+        _words(
+            "embed_tokens tok_embeddings word_embeddings position_embeddings token_type_embeddings embed_positions wte wpe"
+            " embed_in embeddings pos_embed position_embedding embedding"
+        ),
+    ),
+    Role(
+        "head",
+        "accuracy, and heads are often tied",
+        _words("lm_head embed_out output_layer proj_out classifier score"),
+        r"^output$|(^|\.)shared_head\.|^cls\.",
+    ),
+    Role(
+        "router",
+        "a quantized router changes routing; engines keep it dense",
+        _words("router shared_expert_gate"),
+        r"(^|\.)(mlp|moe|block_sparse_moe|feed_forward|ffn|mixer)\.gate$|(^|\.)router\.",
+    ),
+    Role("norm", "not linear", pattern=r"(^|[._])(layer_?norm|rms_?norm)|norm[^.]*$|(^|\.)ln_\w+$"),
+    Role(
+        "convolution",
+        "consumed as a convolution",
+        _words("conv conv1d conv2d conv3d patch_embed patch_embedding"),
+        r"_conv1d$|(^|\.)patch_embed(ding)?\.",
+    ),
+    Role(
+        "state-space gate",
+        "tiny and sensitive",
+        _words("in_proj_a in_proj_b in_proj_ba dt_proj x_proj"),
+        r"_decay$",
+    ),
+    Role(
+        "vision or audio tower",
+        "engines run it dense",
+        anywhere=_words(
+            "visual vision_tower vision_model vision_encoder embed_vision audio_tower multi_modal_projector mm_projector"
+            " merger vision_adapter"
+        ),
+    ),
+    Role(
+        "multi-token prediction",
+        "engines build this layer from the target's own config",
+        _words("eh_proj enorm hnorm e_proj h_proj"),
+        r"(^|\.)mtp(\.|$)",
+    ),
+    Role("sensitive", "upstream recipes keep it dense", _words("weights_proj"), r"_latent_proj$|(^|\.)indexer\.wk$"),
+)
+
+TIED_HEADS: Final = ("lm_head",)
+"""Heads that exist at run time although no tensor does; always named in the written `ignore`."""
+_TIED_BY_MODEL: Final = {"whisper": "proj_out", "bert": "cls.predictions.decoder"}
+
+
+def role_of(module: str) -> Role | None:
+    """Return the first role whose table row fits the module, if any.
+
+    >>> role_of("model.layers.0.mlp.gate").name, role_of("model.layers.0.mlp.gate_proj")
+    ('router', None)
+    """
+    lower = module.lower()
+    parts = lower.split(".")
+    for role in ROLES:
+        if parts[-1] in role.leaves or (role.anywhere and not role.anywhere.isdisjoint(parts)):
+            return role
+        if role.pattern and re.search(role.pattern, lower):
+            return role
+    return None
+
+
+def runtime_heads(model_types: Iterable[str]) -> tuple[str, ...]:
+    """Names of heads that engines create without a tensor on disk.
+
+    >>> runtime_heads(["llama"]), runtime_heads(["whisper"])
+    (('lm_head',), ('lm_head', 'proj_out'))
+    """
+    return TIED_HEADS + tuple(_TIED_BY_MODEL[model] for model in model_types if model in _TIED_BY_MODEL)

@@ -1,0 +1,1 @@
+"""Arithmetic on weights: arrays in, arrays out. No paths, no URLs, no order of work."""

@@ -1,0 +1,178 @@
+"""The four stages in order, in one process with worker threads and no server."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Any
+
+from shardmill.core.outcome import ShardOutcome
+from shardmill.core.plan import Plan, ShardPlan
+from shardmill.core.recipe import Recipe
+from shardmill.errors import Interrupted, ShardFailures
+from shardmill.stages.finalize import finalize, published_result
+from shardmill.stages.plan import Locations, make_plan
+from shardmill.stages.quantize import Controls, DevicePool, find_stored, quantize_shard
+from shardmill.stages.validate import refuse_problems, validate_locations, validate_plan
+from shardmill.storage.publish import is_free
+from shardmill.storage.source import SourceFolder
+from shardmill.storage.store import FAST, Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """How a run works; none of it changes bytes."""
+
+    device: str = "auto"
+    workers: int = 0
+    """Shards in work at a time; 0 chooses by cores or devices."""
+    verify: str = FAST
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """What a finished run has to tell."""
+
+    plan: Plan
+    outcomes: tuple[ShardOutcome, ...]
+    """In the order of the plan; only those in the store when the destination held the result already."""
+    manifest: dict[str, Any]
+    seconds: float
+
+
+@dataclass(slots=True)
+class Watcher:
+    """Callbacks of a run for whoever shows its progress."""
+
+    on_plan: Callable[[Plan], None] = field(default=lambda _plan: None)
+    on_bytes: Callable[[int], None] = field(default=lambda _count: None)
+    on_shard: Callable[[ShardOutcome], None] = field(default=lambda _outcome: None)
+    on_failure: Callable[[str, BaseException], None] = field(default=lambda _shard, _error: None)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def resolve_devices(device: str, workers: int) -> tuple[str, ...]:
+    """Name one entry per shard that may be computed at a time.
+
+    `auto` takes every accelerator that torch sees, else the CPU; `cuda:0,cuda:1` names some; `cpu` takes `workers`.
+    """
+    if device == "auto":
+        import torch  # takes seconds, and naming a device needs none of it
+
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        count = torch.accelerator.device_count() if accelerator is not None else 0
+        named = tuple(f"{accelerator.type}:{number}" for number in range(count)) if accelerator is not None else ("cpu",)
+    else:
+        named = tuple(part.strip() for part in device.split(",") if part.strip()) or ("cpu",)
+    return ("cpu",) * (workers or cores()) if named == ("cpu",) else named
+
+
+def limit_threads(devices: Sequence[str]) -> None:
+    """Share the cores among the shards that are computed at a time."""
+    import torch  # takes seconds, and runs that only hit never need it
+
+    torch.set_num_threads(max(1, cores() // len(devices)))
+
+
+def run(
+    locations: Locations, recipe: Recipe, options: RunOptions = RunOptions(), *, watcher: Watcher | None = None,
+    stop: threading.Event | None = None,
+) -> RunResult:  # fmt: skip
+    """Convert a checkpoint.
+
+    Raises:
+        Refused: the input or the request; every problem is in it and nothing was written to the destination.
+        ShardFailures: some shards failed; all others are in the store.
+        Interrupted: `stop` was set; finished shards are in the store.
+    """
+    started = time.monotonic()
+    watch = watcher or Watcher()
+    stopping = stop or threading.Event()
+    source = locations.open_source()
+    plan = make_plan(source, recipe)
+    refuse_problems([*validate_plan(plan), *validate_locations(plan, locations)])
+    watch.on_plan(plan)
+    store = locations.open_store(options.verify)
+    store.prepare()
+    if not is_free(locations.destination_path):
+        return _finished(plan, locations, store, watch, started)
+    outcomes = quantize_all(plan, source, store, options, watch, stopping)
+    manifest = finalize(plan, outcomes, locations, store)
+    return RunResult(plan=plan, outcomes=outcomes, manifest=manifest, seconds=time.monotonic() - started)
+
+
+def _finished(plan: Plan, locations: Locations, store: Store, watch: Watcher, started: float) -> RunResult:
+    """Succeed at once when the destination holds this very result; nothing is computed for one that does not."""
+    manifest = published_result(plan, locations, store)
+    source = locations.open_source()
+    stored = tuple(outcome for shard in plan.shards if (outcome := find_stored(shard, source, store)))
+    for outcome in stored:
+        watch.on_shard(outcome)
+    watch.on_bytes(plan.source_bytes)
+    return RunResult(plan=plan, outcomes=stored, manifest=manifest, seconds=time.monotonic() - started)
+
+
+def quantize_all(
+    plan: Plan, source: SourceFolder, store: Store, options: RunOptions, watch: Watcher, stop: threading.Event
+) -> tuple[ShardOutcome, ...]:
+    """Quantize every shard that the store does not have; hits are told without starting a worker."""
+    found: dict[str, ShardOutcome] = {}
+    misses: list[ShardPlan] = []
+    for shard in plan.shards:
+        outcome = find_stored(shard, source, store)
+        if outcome is None:
+            misses.append(shard)
+        else:
+            found[shard.name] = outcome
+            watch.on_bytes(shard.size)
+            watch.on_shard(outcome)
+    failures = _quantize_misses(misses, source, store, options, watch, stop, found) if misses else []
+    if stop.is_set():
+        raise Interrupted(f"stopped on request; {len(found)} of {len(plan.shards)} shards are finished, run again to go on")
+    if failures:
+        raise ShardFailures(failures, len(found))
+    return tuple(found[shard.name] for shard in plan.shards)
+
+
+def _quantize_misses(
+    misses: Sequence[ShardPlan], source: SourceFolder, store: Store, options: RunOptions, watch: Watcher,
+    stop: threading.Event, found: dict[str, ShardOutcome],
+) -> list[tuple[str, BaseException]]:  # fmt: skip
+    devices = resolve_devices(options.device, options.workers)
+    limit_threads(devices)
+    controls = Controls(DevicePool(devices), stop.is_set, watch.on_bytes)
+    failures: list[tuple[str, BaseException]] = []
+    with ThreadPoolExecutor(len(devices), thread_name_prefix="shard") as pool:
+        pending: dict[Future[ShardOutcome], str] = {
+            pool.submit(quantize_shard, shard, source, store, controls): shard.name for shard in misses
+        }
+        try:
+            while pending:
+                done, _ = wait(pending, return_when=FIRST_COMPLETED)
+                for future in done:
+                    _collect(pending.pop(future), future, found, failures, watch)
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return failures
+
+
+def _collect(
+    name: str, future: Future[ShardOutcome], found: dict[str, ShardOutcome], failures: list[tuple[str, BaseException]], watch: Watcher
+) -> None:
+    error = future.exception()
+    if error is None:
+        found[name] = future.result()
+        watch.on_shard(found[name])
+    elif not isinstance(error, Interrupted):
+        failures.append((name, error))
+        watch.on_failure(name, error)

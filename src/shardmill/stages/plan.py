@@ -1,0 +1,48 @@
+"""Stage 1: read listing, index, config and headers; decide about every tensor. Never reads tensor bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardmill.core.plan import Plan, build_plan
+from shardmill.core.recipe import Recipe
+from shardmill.storage.source import SourceFolder, local_path, open_source, read_checkpoint
+from shardmill.storage.store import FAST, Store, default_root
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Locations:
+    """Where a run reads, writes and remembers; paths or URLs."""
+
+    source: str
+    destination: str
+    store: str = ""
+    """Empty for `.shardmill` beside the destination."""
+
+    def open_source(self) -> SourceFolder:
+        """Open the source.
+
+        Raises:
+            CheckpointInvalid: there is no such folder.
+        """
+        return open_source(self.source)
+
+    @property
+    def destination_path(self) -> Path:
+        """The destination as a path."""
+        return local_path(self.destination)
+
+    @property
+    def store_path(self) -> Path:
+        """The store as a path."""
+        return local_path(self.store) if self.store else default_root(self.destination_path)
+
+    def open_store(self, verify: str = FAST) -> Store:
+        """Open the store without creating it."""
+        return Store(self.store_path, verify=verify)
+
+
+def make_plan(source: SourceFolder, recipe: Recipe) -> Plan:
+    """Plan the conversion of a checkpoint; what is wrong with it is in `Plan.problems`."""
+    return build_plan(read_checkpoint(source), recipe)

@@ -1,0 +1,90 @@
+"""Stage 2: every problem of every shard, and of the places where the run works; nothing is changed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from shardmill.core.checks import check_shard, source_names
+from shardmill.core.plan import Plan, ShardPlan
+from shardmill.errors import CheckpointInvalid, DestinationInvalid, Problem, Refused
+from shardmill.stages.plan import Locations
+from shardmill.storage.publish import check_destination
+from shardmill.storage.source import SourceFolder
+from shardmill.storage.store import Store, check_location
+
+
+def validate_shards(shards: Iterable[ShardPlan], taken: frozenset[str], source: SourceFolder | None = None) -> list[Problem]:
+    """Check some shards of a plan.
+
+    Args:
+        taken: names of all source tensors, see `source_names`.
+        source: when given, each header is read again and must still be the planned one.
+    """
+    problems: list[Problem] = []
+    for shard in shards:
+        problems += check_shard(shard, taken)
+        if source is not None:
+            problems += check_unchanged(shard, source)
+    return problems
+
+
+def check_unchanged(shard: ShardPlan, source: SourceFolder) -> list[Problem]:
+    """Problems of a shard whose header is no longer the planned one."""
+    try:
+        found = source.read_header(shard.name)
+    except CheckpointInvalid as error:
+        return list(error.problems)
+    if found.size == shard.size and found.header.tensors == tuple(tensor.spec for tensor in shard.tensors):
+        return []
+    return [Problem(file=shard.name, kind="source-changed", message="its header is not the planned one", way_out="run again")]
+
+
+def validate_plan(plan: Plan) -> list[Problem]:
+    """Every problem of a plan and of all its shards, sorted."""
+    return sorted({*plan.problems, *validate_shards(plan.shards, source_names(plan))})
+
+
+def validate_locations(plan: Plan, locations: Locations) -> list[Problem]:
+    """Problems of destination and store: in use, not writable, too small for what is not there yet."""
+    source = locations.open_source()
+    destination = locations.destination_path
+    problems = check_destination(destination, source.root) + check_location(locations.store_path, source.root)
+    return problems + _check_space(plan, source, locations.open_store(), destination)
+
+
+def _check_space(plan: Plan, source: SourceFolder, store: Store, destination: Path) -> list[Problem]:
+    existing = next(path for path in (store.root, *store.root.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    need = 0
+    for shard in plan.shards:
+        if not _is_stored(shard, source, store):
+            layout = shard.layout()
+            need += layout.data_bytes + len(layout.header())
+    if need <= free:
+        return []
+    message = f"{need} bytes are needed for the output, {free} are free at `{existing}`"
+    return [Problem(file=str(destination), kind="no-space", message=message, way_out="free space or set --store")]
+
+
+def _is_stored(shard: ShardPlan, source: SourceFolder, store: Store) -> bool:
+    """Whether a blob of this shard is there, as far as can be told without reading the source."""
+    digests = {name: store.known_digest(source.path(name)) for name in shard.sources}
+    known = {name: str(digest) for name, digest in digests.items() if digest is not None}
+    return len(known) == len(digests) and store.blob_path(shard.job_key(known)).exists()
+
+
+def refuse_problems(problems: Iterable[Problem]) -> None:
+    """Raise when anything was found.
+
+    Raises:
+        DestinationInvalid: all of it is about destination and store.
+        Refused: otherwise; carries every problem.
+    """
+    found = sorted(set(problems))
+    if not found:
+        return
+    if all(problem.kind in ("destination-in-use", "destination-unwritable", "no-space", "store-in-source") for problem in found):
+        raise DestinationInvalid(found)
+    raise Refused(found)

@@ -1,0 +1,1 @@
+"""Bytes and URLs: reading checkpoints, the store, and publishing. Nothing here computes on tensors."""

@@ -1,0 +1,243 @@
+"""Reading a source checkpoint: listing, index, config and every header; never a tensor byte."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+from shardmill.core.header import LENGTH_BYTES, ShardHeader, header_length, parse_header, parse_json
+from shardmill.core.index import INDEX_NAME, SINGLE_NAME, CheckpointIndex, parse_index
+from shardmill.core.plan import Checkpoint, SourceShard
+from shardmill.errors import CheckpointInvalid, Problem, Refused, refuse, show
+from shardmill.storage.local import RangeReader
+
+CONFIG_NAME: Final = "config.json"
+_CONFIG_LIMIT: Final = 4_000_000
+_INDEX_LIMIT: Final = 64_000_000
+_READERS: Final = 16
+_COPIED_NAMES: Final = frozenset(
+    """config.json generation_config.json params.json tokenizer.json tokenizer.model tokenizer_config.json tekken.json
+    special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt spiece.model sentencepiece.bpe.model
+    preprocessor_config.json processor_config.json image_processor_config.json video_preprocessor_config.json
+    chat_template.json chat_template.jinja""".split()
+)
+_COPIED_PREFIXES: Final = ("license", "readme", "notice", "tokenizer.model.")
+_COPIED_SUFFIXES: Final = (".jinja",)
+_WEIGHT_SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+class SourceFolder:
+    """A checkpoint on local disk."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, name: str) -> Path:
+        """Where a file of the checkpoint lies.
+
+        Raises:
+            CheckpointInvalid: absent, no regular file, or it leads out of the checkpoint.
+        """
+        path = self.root / name
+        try:
+            real = path.resolve(strict=True)
+            status = real.stat()
+        except (OSError, RuntimeError) as error:
+            raise refuse("file-missing", "file is missing", file=name, way_out="fetch it again") from error
+        if not stat.S_ISREG(status.st_mode):
+            raise refuse("file-irregular", "expected a regular file", file=name)
+        if not self._contains(real):
+            raise refuse("file-outside", "it is a link that leads out of the checkpoint", file=name, way_out="copy the file in")
+        return path
+
+    def _contains(self, real: Path) -> bool:
+        """Inside the checkpoint, or among the blobs of the same repository in the Hub's cache."""
+        root = self.root.resolve()
+        in_hub_cache = root.parent.name == "snapshots" and real.is_relative_to(root.parent.parent / "blobs")
+        return real.is_relative_to(root) or in_hub_cache
+
+    def read_text(self, name: str, limit: int) -> bytes:
+        """Read a small file whole.
+
+        Raises:
+            CheckpointInvalid: absent, or larger than `limit` bytes.
+        """
+        path = self.path(name)
+        size = path.stat().st_size
+        if size > limit:
+            raise refuse("file-too-large", f"{size} bytes, the limit is {limit}", file=name)
+        return path.read_bytes()
+
+    def open(self, name: str) -> RangeReader:
+        """Open a file for range reads."""
+        return RangeReader(self.path(name))
+
+    def read_header(self, name: str) -> SourceShard:
+        """Read the header of one shard.
+
+        Raises:
+            CheckpointInvalid: absent, truncated or malformed.
+        """
+        with self.open(name) as reader:
+            size = reader.identity.size
+            head = memoryview(bytearray(min(LENGTH_BYTES, size)))
+            reader.read_into(0, head)
+            data = memoryview(bytearray(header_length(bytes(head), size, file=name)))
+            reader.read_into(LENGTH_BYTES, data)
+        return SourceShard(name, size, parse_header(bytes(data), size, file=name))
+
+    def names(self) -> tuple[str, ...]:
+        """Every file below the root as a relative path, sorted; hidden folders are not entered."""
+        found: list[str] = []
+        for folder, folders, files in os.walk(self.root):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            found += [str((Path(folder) / name).relative_to(self.root)) for name in files]
+        return tuple(sorted(found))
+
+
+def open_source(url: str) -> SourceFolder:
+    """Open a source by path or URL.
+
+    Raises:
+        CheckpointInvalid: no such folder.
+    """
+    path = local_path(url)
+    if not path.is_dir():
+        raise refuse("source-missing", "expected a folder with safetensors shards, config.json and tokenizer", file=url)
+    return SourceFolder(path)
+
+
+def local_path(url: str) -> Path:
+    """Turn a path or `file://` URL into a path.
+
+    Raises:
+        CheckpointInvalid: a URL of another kind.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return Path(url).expanduser().absolute()
+    if scheme == "file":
+        return Path(rest).absolute()
+    raise refuse("location", f"locations of kind {show(scheme)} are not supported by this version", file=url, way_out="use a path")
+
+
+def read_checkpoint(source: SourceFolder) -> Checkpoint:
+    """Read everything a plan needs; what is wrong is collected in the result, not raised."""
+    problems: list[Problem] = []
+    warnings: list[Problem] = []
+    names = source.names()
+    index = _read_index(source, names, problems)
+    shard_names = _choose_shards(names, index, problems)
+    shards = _read_headers(source, shard_names, problems)
+    copied, left_out = _sort_other_files(names, shard_names)
+    for name, reason in left_out:
+        if name.endswith(".safetensors"):
+            warnings.append(Problem(file=name, kind="weight-file-left-out", message=reason))
+    return Checkpoint(
+        shards=shards,
+        index=index,
+        config_text=_read_config(source, problems),
+        files=_regular(source, copied, problems),
+        left_out=left_out,
+        problems=tuple(problems),
+        warnings=(*warnings, *_unindexed(shards, index)),
+    )
+
+
+def _read_index(source: SourceFolder, names: Iterable[str], problems: list[Problem]) -> CheckpointIndex | None:
+    if INDEX_NAME not in names:
+        return None
+    try:
+        return parse_index(source.read_text(INDEX_NAME, _INDEX_LIMIT))
+    except Refused as error:
+        problems += error.problems
+        return None
+
+
+def _choose_shards(names: Iterable[str], index: CheckpointIndex | None, problems: list[Problem]) -> tuple[str, ...]:
+    if index is not None:
+        return index.shards
+    found = tuple(name for name in names if name.endswith(".safetensors") and "/" not in name)
+    if SINGLE_NAME in found:
+        return (SINGLE_NAME,)
+    if len(found) == 1 or any(problem.kind.startswith("index") for problem in problems):
+        return found[:1] if len(found) == 1 else ()
+    message = f"expected {SINGLE_NAME} or {INDEX_NAME}, found {len(found)} safetensors files without an index"
+    problems.append(Problem(kind="index-missing", message=message, way_out="point to a safetensors checkpoint"))
+    return ()
+
+
+def _read_headers(source: SourceFolder, names: Iterable[str], problems: list[Problem]) -> tuple[SourceShard, ...]:
+    def read(name: str) -> SourceShard | CheckpointInvalid:
+        try:
+            return source.read_header(name)
+        except CheckpointInvalid as error:
+            return error
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = list(pool.map(read, names))
+    for result in found:
+        if isinstance(result, CheckpointInvalid):
+            problems += result.problems
+    return tuple(result for result in found if isinstance(result, SourceShard))
+
+
+def _read_config(source: SourceFolder, problems: list[Problem]) -> str:
+    try:
+        data = source.read_text(CONFIG_NAME, _CONFIG_LIMIT)
+        if not isinstance(parse_json(data, file=CONFIG_NAME, kind="config-invalid"), Mapping):
+            raise refuse("config-invalid", "expected a JSON object", file=CONFIG_NAME)
+    except CheckpointInvalid as error:
+        problems += error.problems
+        return ""
+    return data.decode("utf-8-sig")
+
+
+def _sort_other_files(names: Iterable[str], shards: Iterable[str]) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """What is copied, by allow-list, and what is left out and why."""
+    copied: list[str] = []
+    left_out: list[tuple[str, str]] = []
+    for name in names:
+        if name in set(shards) or name in (INDEX_NAME, CONFIG_NAME):
+            continue
+        base = name.rpartition("/")[2].lower()
+        if base.endswith(_WEIGHT_SUFFIXES) or ".safetensors." in base:
+            left_out.append((name, "a weight file that the index does not name"))
+        elif base in _COPIED_NAMES or base.startswith(_COPIED_PREFIXES) or base.endswith(_COPIED_SUFFIXES):
+            copied.append(name)
+        else:
+            left_out.append((name, "not on the list of files that are copied"))
+    return tuple(copied), tuple(left_out)
+
+
+def _regular(source: SourceFolder, names: Iterable[str], problems: list[Problem]) -> tuple[str, ...]:
+    found = []
+    for name in names:
+        try:
+            source.path(name)
+        except CheckpointInvalid as error:
+            problems += error.problems
+        else:
+            found.append(name)
+    return tuple(found)
+
+
+def _unindexed(shards: Iterable[SourceShard], index: CheckpointIndex | None) -> list[Problem]:
+    if index is None:
+        return []
+    named = {tensor for tensor, _ in index.weight_map}
+    return [
+        Problem(file=shard.name, tensor=spec.name, kind="tensor-unindexed", message="the index does not name it; it is carried over")
+        for shard in shards
+        for spec in shard.header.tensors
+        if spec.name not in named
+    ]
+
+
+def same_header(planned: Iterable[object], header: ShardHeader) -> bool:
+    """Tell whether a header still lists exactly the planned tensors."""
+    return tuple(planned) == header.tensors

@@ -1,0 +1,212 @@
+"""The store: blobs named by job key, receipts that vouch for them, and remembered digests of source files.
+
+    blobs/<key>.safetensors      the bytes of one output shard, read-only
+    receipts/<key>.json          written after its blob, never before
+    digests/<identity>.json      BLAKE3 of a source file by path, device, inode, size and times
+    set-aside/                   blobs whose check failed
+
+A hit = the receipt parses, its key is the one asked for, and the blob has the recorded size and digests. Anything less is
+a miss with a warning. No locks: every write appears whole under its name, and equal keys mean equal bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+from shardmill.core.digest import Digest, digest_json
+from shardmill.core.receipt import Receipt, parse_receipt
+from shardmill.errors import Problem, SourceChanged, show
+from shardmill.storage.local import FileIdentity, FileWriter, hash_edges, hash_file, operation, remove_dead_temporaries, write_small
+
+log = logging.getLogger(__name__)
+FOLDER_NAME: Final = ".shardmill"
+FAST: Final = "fast"
+FULL: Final = "full"
+_FRESH_NS: Final = 2_000_000_000
+"""Files younger than this are not remembered: a later write may keep their modification time."""
+_PARTS: Final = ("blobs", "receipts", "digests", "set-aside")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One receipt with its blob, as `store ls` shows it."""
+
+    key: str
+    size: int
+    modified: float
+    """Of the receipt, seconds since the epoch."""
+    is_published: bool
+    """Whether some destination links to the blob."""
+
+
+class Store:
+    """A store in a local folder."""
+
+    def __init__(self, root: Path, *, verify: str = FAST) -> None:
+        self.root = root
+        self.verify_level = verify
+        self._checked: set[str] = set()
+        """Keys whose blob this process has verified or written."""
+
+    def prepare(self) -> None:
+        """Create the folders, private to their owner, and remove temporary files of dead writers.
+
+        Raises:
+            StorageFailed: the store cannot be created.
+        """
+        with operation("create", self.root):
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for part in _PARTS:
+                (self.root / part).mkdir(exist_ok=True)
+        for part in _PARTS:
+            remove_dead_temporaries(self.root / part)
+
+    def blob_path(self, key: str) -> Path:
+        """Where the blob of a job lies."""
+        return self.root / "blobs" / f"{key}.safetensors"
+
+    def receipt_path(self, key: str) -> Path:
+        """Where the receipt of a job lies."""
+        return self.root / "receipts" / f"{key}.json"
+
+    def writer(self, key: str, size: int) -> FileWriter:
+        """Start writing the blob of a job; `size` in bytes is known from the plan."""
+        return FileWriter(self.blob_path(key), size)
+
+    def put_receipt(self, receipt: Receipt) -> None:
+        """Vouch for a blob that is durable."""
+        write_small(self.receipt_path(receipt.key), receipt.to_bytes())
+        self._checked.add(receipt.key)
+
+    def lookup(self, key: str) -> Receipt | None:
+        """Return the receipt of a job when its blob can be trusted; a failed check is a warned miss."""
+        receipt = self._read_receipt(key)
+        if receipt is None or key in self._checked:
+            return receipt
+        defect = self._blob_defect(receipt, full=self.verify_level == FULL)
+        if defect is None:
+            self._checked.add(key)
+            return receipt
+        log.warning("store: blob %s %s; it is set aside and the shard is done again", key[:12], defect)
+        self._set_aside(key)
+        return None
+
+    def _read_receipt(self, key: str) -> Receipt | None:
+        try:
+            receipt = parse_receipt(self.receipt_path(key).read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            log.warning("store: receipt %s cannot be used: %s; the shard is done again", key[:12], error)
+            return None
+        if receipt.key != key:
+            log.warning("store: receipt %s speaks of another job; the shard is done again", key[:12])
+            return None
+        return receipt
+
+    def _blob_defect(self, receipt: Receipt, *, full: bool) -> str | None:
+        path = self.blob_path(receipt.key)
+        try:
+            size = path.stat().st_size
+            if size != receipt.blob.size:
+                return f"has {size} bytes, its receipt says {receipt.blob.size}"
+            if full:
+                same = hash_file(path)[0] == receipt.blob
+            else:
+                same = hash_edges(path) == (receipt.blob.head, receipt.blob.tail)
+        except (OSError, SourceChanged) as error:
+            return f"cannot be read: {error}"
+        return None if same else "does not have the digest of its receipt"
+
+    def _set_aside(self, key: str) -> None:
+        self.receipt_path(key).unlink(missing_ok=True)
+        blob = self.blob_path(key)
+        if blob.exists():
+            os.replace(blob, self.root / "set-aside" / f"{key}.{time.time_ns()}")
+
+    def source_digest(self, path: Path, *, stop: Callable[[], bool] = bool) -> tuple[Digest, FileIdentity, bool]:
+        """Digest of a source file: remembered by its identity, else read once.
+
+        Returns:
+            The digest, the identity of the file it belongs to, and whether bytes were read for it.
+        """
+        identity = FileIdentity.of(path, path.stat())
+        memo = self.root / "digests" / f"{digest_json(asdict(identity))}.json"
+        if self.verify_level != FULL and (known := _read_memo(memo)) is not None:
+            return known, identity, False
+        digests, identity = hash_file(path, stop)
+        if time.time_ns() - max(identity.mtime_ns, identity.ctime_ns) > _FRESH_NS:
+            write_small(
+                self.root / "digests" / f"{digest_json(asdict(identity))}.json", json.dumps({"digest": str(digests.whole)}).encode()
+            )
+        return digests.whole, identity, True
+
+    def known_digest(self, path: Path) -> Digest | None:
+        """Digest of a source file if it is remembered; never reads the file."""
+        identity = FileIdentity.of(path, path.stat())
+        return _read_memo(self.root / "digests" / f"{digest_json(asdict(identity))}.json")
+
+    def entries(self) -> Iterator[Entry]:
+        """Every receipt whose blob is there, sorted by key."""
+        for path in sorted((self.root / "receipts").glob("*.json")):
+            blob = self.blob_path(path.stem)
+            if blob.exists():
+                status = blob.stat()
+                yield Entry(path.stem, status.st_size, path.stat().st_mtime, status.st_nlink > 1)
+
+    def verify(self) -> list[Problem]:
+        """Read every blob whole and compare it with its receipt; changes nothing."""
+        problems = []
+        for path in sorted((self.root / "receipts").glob("*.json")):
+            receipt = self._read_receipt(path.stem)
+            defect = "has an unusable receipt" if receipt is None else self._blob_defect(receipt, full=True)
+            if defect:
+                problems.append(Problem(file=path.stem, kind="store-corrupt", message=f"blob {defect}", way_out="it is redone when asked for"))
+        return problems
+
+    def collect(self, *, older_than: float, keep: Collection[str] = ()) -> list[Entry]:
+        """Delete receipts and blobs that are older than `older_than` seconds, not linked by a destination and not in `keep`.
+
+        The receipt goes before its blob, so that no receipt ever speaks of a blob that is gone.
+        """
+        limit = time.time() - older_than
+        doomed = [e for e in self.entries() if not e.is_published and e.key not in keep and e.modified < limit]
+        for entry in doomed:
+            self.receipt_path(entry.key).unlink(missing_ok=True)
+            self.blob_path(entry.key).unlink(missing_ok=True)
+        for path in (self.root / "blobs").glob("*.safetensors"):
+            orphaned = not self.receipt_path(path.stem).exists() and path.stat().st_nlink == 1
+            if orphaned and path.stat().st_mtime < limit:
+                doomed.append(Entry(path.stem, path.stat().st_size, path.stat().st_mtime, is_published=False))
+                path.unlink(missing_ok=True)
+        return doomed
+
+
+def _read_memo(path: Path) -> Digest | None:
+    try:
+        return Digest.parse(json.loads(path.read_bytes())["digest"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("store: remembered digest %s cannot be used: %s", show(path.name), error)
+        return None
+
+
+def default_root(destination: Path) -> Path:
+    """The store beside a destination: the same file system, so that publishing is a hard link."""
+    return destination.parent / FOLDER_NAME
+
+
+def check_location(store: Path, source: Path) -> list[Problem]:
+    """A store inside the source would change what is read."""
+    if store.resolve().is_relative_to(source.resolve()):
+        return [Problem(file=str(store), kind="store-in-source", message="the store lies inside the source", way_out="set --store")]
+    return []
+
