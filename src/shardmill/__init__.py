@@ -1,7 +1,7 @@
 """shardmill quantizes sharded safetensors checkpoints without a model definition, shard by shard.
 
-The four functions are those of llm-compressor's `model_free` entry point, with the same parameters and results; they are
-imported on first use, so that `import shardmill` stays light.
+The four functions are those of llm-compressor's `model_free` entry point, with the same parameters and results. They
+are imported on first use, so that `import shardmill` stays light.
 """
 
 from __future__ import annotations

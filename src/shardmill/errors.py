@@ -25,12 +25,12 @@ NAME_LIMIT = 120
 
 
 def show(name: str, limit: int = NAME_LIMIT) -> str:
-    """Quote a foreign name for a message: control characters escaped, cut at `limit` characters.
+    r"""Quote a foreign name for a message: control characters escaped, cut at `limit` characters.
 
     >>> show("model.norm.weight")
     '`model.norm.weight`'
-    >>> show("a\\nb")
-    '`a\\\\nb`'
+    >>> show("a\tb")
+    '`a\\tb`'
     """
     safe = "".join(c if c.isprintable() and c != "`" else repr(c)[1:-1] for c in name)
     return f"`{safe if len(safe) <= limit else safe[: limit - 1] + '…'}`"

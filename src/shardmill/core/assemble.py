@@ -104,8 +104,8 @@ def disjoint_targets(modules: Mapping[str, int], groups: int) -> list[list[str]]
         by_template.setdefault(template, {}).setdefault(group, []).append(numbers)
     targets: list[list[str]] = [[] for _ in range(groups)]
     for template, owners in sorted(by_template.items()):
-        for group, numbers in owners.items():
-            patterns = _number_patterns(numbers, exact=len(owners) > 1)
+        for group, members in owners.items():
+            patterns = _number_patterns(members, exact=len(owners) > 1)
             targets[group] += [_expression(name, pattern) for pattern in patterns for name in _spellings(template)]
     return targets
 
@@ -140,7 +140,9 @@ def _spellings(template: str) -> list[str]:
 
 def _without_stale(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        key: _without_stale(value) if isinstance(value, dict) else value for key, value in config.items() if key not in _STALE
+        key: _without_stale(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _STALE
     }
 
 

@@ -19,7 +19,9 @@ def divisors(width: int, limit: int = 512) -> tuple[int, ...]:
     >>> divisors(576)[:4]
     (288, 192, 144, 96)
     """
-    return tuple(size for size in range(min(width, limit), 7, -1) if width % size == 0 and size % 4 == 0 and size != width)
+    return tuple(
+        size for size in range(min(width, limit), 7, -1) if width % size == 0 and size % 4 == 0 and size != width
+    )
 
 
 def check_shard(shard: ShardPlan, taken: Collection[str] = ()) -> list[Problem]:
@@ -34,7 +36,8 @@ def check_shard(shard: ShardPlan, taken: Collection[str] = ()) -> list[Problem]:
             found = _check_tensor(tensor, shard.schemes)
             problems += found or _check_names(tensor, shard.schemes, taken)
     return [
-        Problem(file=shard.name, tensor=p.tensor, kind=p.kind, message=p.message, way_out=p.way_out) for p in sorted(problems)
+        Problem(file=shard.name, tensor=p.tensor, kind=p.kind, message=p.message, way_out=p.way_out)
+        for p in sorted(problems)
     ]
 
 
@@ -54,7 +57,14 @@ def _check_tensor(tensor: TensorPlan, schemes: tuple[Scheme, ...]) -> list[Probl
     spec = tensor.spec
     if tensor.action != SPLIT and len(spec.shape) != 2:
         message = f"expected a matrix, found shape {list(spec.shape)}"
-        return [Problem(tensor=spec.name, kind="wrong-rank", message=message, way_out="drop the target that names it, or ignore it")]
+        return [
+            Problem(
+                tensor=spec.name,
+                kind="wrong-rank",
+                message=message,
+                way_out="drop the target that names it, or ignore it",
+            )
+        ]
     if tensor.scheme >= 0 and spec.dtype not in COMPUTABLE:
         message = f"expected F16, BF16, F32 or F64, found {spec.dtype}: it seems to be quantized already"
         return [Problem(tensor=spec.name, kind="already-quantized", message=message, way_out="add it to `ignore`")]
@@ -82,7 +92,11 @@ def _check_width(tensor: TensorPlan, scheme: Scheme, width: int) -> list[Problem
     if not size or width % size == 0:
         return []
     working = ", ".join(map(str, divisors(width)[:_SHOWN_DIVISORS]))
-    advice = f"set group_size to a divisor ({working})" if scheme.weights.strategy == "group" and not scheme.weights.is_mx else ""
+    advice = (
+        f"set group_size to a divisor ({working})"
+        if scheme.weights.strategy == "group" and not scheme.weights.is_mx
+        else ""
+    )
     way_out = " or ".join(part for part in ("add it to `ignore`", advice if working else "") if part)
     message = f"group_size {size} does not divide in_features {width} (shape {list(tensor.spec.shape)})"
     return [Problem(tensor=tensor.spec.name, kind="group-indivisible", message=message, way_out=way_out)]
@@ -96,6 +110,10 @@ def _check_names(tensor: TensorPlan, schemes: tuple[Scheme, ...], taken: Collect
         if spec.name != tensor.spec.name and spec.name in taken
     ]
     return [
-        Problem(tensor=name, kind="name-collision", message="quantization would write this name, and the source has it already")
+        Problem(
+            tensor=name,
+            kind="name-collision",
+            message="quantization would write this name, and the source has it already",
+        )
         for name in clashes
     ]

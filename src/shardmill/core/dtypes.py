@@ -53,7 +53,7 @@ def size_in_bytes(dtype: str, shape: tuple[int, ...]) -> int | None:
 def scale_dtype_for(source_dtype: str) -> str:
     """Dtype in which FP8 and INT scales of a `source_dtype` weight are stored.
 
-    BF16 keeps BF16. F16, F32 and F64 store F32: an F16 scale underflows for small weights, and engines expect F32 at most.
+    BF16 keeps BF16; F16, F32 and F64 store F32. An F16 scale underflows for small weights; engines expect at most F32.
 
     >>> scale_dtype_for("BF16"), scale_dtype_for("F16"), scale_dtype_for("F64")
     ('BF16', 'F32', 'F32')

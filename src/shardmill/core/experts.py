@@ -26,13 +26,35 @@ _ARCHITECTURES: Final = {
     "qwen3_vl_moe": ("rows", "columns"),
     "qwen3_vl_moe_text": ("rows", "columns"),
     **dict.fromkeys(
-        "mixtral qwen2_moe qwen3_moe qwen3_next qwen3_5_moe qwen3_5_moe_text olmoe deepseek_v2 deepseek_v3 glm4_moe"
-        " ernie4_5_moe minimax minimax_m2 phimoe jamba dbrx".split(),
+        [
+            "mixtral",
+            "qwen2_moe",
+            "qwen3_moe",
+            "qwen3_next",
+            "qwen3_5_moe",
+            "qwen3_5_moe_text",
+            "olmoe",
+            "deepseek_v2",
+            "deepseek_v3",
+            "glm4_moe",
+            "ernie4_5_moe",
+            "minimax",
+            "minimax_m2",
+            "phimoe",
+            "jamba",
+            "dbrx",
+        ],
         ("rows",),
     ),
 }
 """Layouts that a model type is published in."""
-_WIDTHS: Final = ("moe_intermediate_size", "expert_intermediate_size", "intermediate_size", "ffn_hidden_size", "moe_ffn_hidden_size")
+_WIDTHS: Final = (
+    "moe_intermediate_size",
+    "expert_intermediate_size",
+    "intermediate_size",
+    "ffn_hidden_size",
+    "moe_ffn_hidden_size",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -162,9 +162,7 @@ def _name_defect(name: str) -> str | None:
     return None if name.isprintable() else "tensor name holds control or invisible characters"
 
 
-def _entry_defect(name: str, entry: Any) -> str | None:
-    if defect := _name_defect(name):
-        return defect
+def _entry_defect(entry: Any) -> str | None:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         return "expected exactly dtype, shape and data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -181,7 +179,7 @@ def _entry_defect(name: str, entry: Any) -> str | None:
 
 
 def _parse_entry(name: str, entry: Any, file: str, problems: list[Problem]) -> TensorSpec | None:
-    if defect := _entry_defect(name, entry):
+    if defect := _name_defect(name) or _entry_defect(entry):
         problems.append(Problem(file=file, tensor=name, kind="header-invalid", message=defect))
         return None
     begin, end = entry["data_offsets"]
@@ -204,7 +202,9 @@ def _check_extent(header: ShardHeader, file_size: int, file: str) -> list[Proble
     return problems
 
 
-def encode_header(tensors: Iterable[tuple[str, str, Sequence[int], int, int]], metadata: Sequence[tuple[str, str]]) -> bytes:
+def encode_header(
+    tensors: Iterable[tuple[str, str, Sequence[int], int, int]], metadata: Sequence[tuple[str, str]]
+) -> bytes:
     """Write length and JSON head for `(name, dtype, shape, begin, end)` rows, padded with spaces to a multiple of 8.
 
     Deterministic: metadata first and sorted, tensors in the given order.

@@ -36,7 +36,11 @@ class CheckpointIndex:
 def is_shard_name(name: str) -> bool:
     """Tell whether `name` is a relative shard path of up to four plain components.
 
-    >>> is_shard_name("model-00001-of-00002.safetensors"), is_shard_name("../x.safetensors"), is_shard_name("/x.safetensors")
+    >>> (
+    ...     is_shard_name("model-00001-of-00002.safetensors"),
+    ...     is_shard_name("../x.safetensors"),
+    ...     is_shard_name("/x.safetensors"),
+    ... )
     (True, False, False)
     """
     parts = name.split("/")
@@ -58,7 +62,12 @@ def parse_index(data: bytes, *, file: str = INDEX_NAME) -> CheckpointIndex:
     if not isinstance(weight_map, dict) or not weight_map:
         raise refuse("index-invalid", "expected an object with a non-empty `weight_map`", file=file)
     problems = [
-        Problem(file=file, tensor=tensor, kind="shard-name", message=f"shard name {show(str(shard))} is not a plain relative path")
+        Problem(
+            file=file,
+            tensor=tensor,
+            kind="shard-name",
+            message=f"shard name {show(str(shard))} is not a plain relative path",
+        )
         for tensor, shard in weight_map.items()
         if not isinstance(shard, str) or not is_shard_name(shard)
     ]

@@ -1,8 +1,8 @@
 """Module name to group, by the patterns of a recipe: the one meaning of `Linear`, `re:` and `ignore`.
 
-A pattern is either `re:<regex>`, matched from the start of the module name and open at the end, or a literal that equals
-the whole module name. `Linear` in `targets`, or no target at all, means every quantizable weight. The first group that
-matches a module keeps it; `ignore` beats every group.
+A pattern is either `re:<regex>`, matched from the start of the module name and open at the end, or a literal that
+equals the whole module name. `Linear` in `targets`, or no target at all, means every quantizable weight. The first
+group that matches a module keeps it; `ignore` beats every group.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def compile_pattern(pattern: str) -> re.Pattern[str] | None:
     try:
         return re.compile(pattern[3:])
     except re.error as error:
-        raise RecipeInvalid([Problem(kind="pattern", message=f"pattern {show(pattern)} is no valid expression: {error}")]) from error
+        raise RecipeInvalid(
+            [Problem(kind="pattern", message=f"pattern {show(pattern)} is no valid expression: {error}")]
+        ) from error
 
 
 @dataclass(slots=True)
@@ -113,5 +115,7 @@ class Matcher:
 
     def unmatched(self) -> tuple[tuple[str, str], ...]:
         """`(where, pattern)` of every user pattern that matched nothing."""
-        targets = [(f"targets of group {n}", p) for n, (_, patterns) in enumerate(self.groups) for p in patterns.unmatched()]
+        targets = [
+            (f"targets of group {n}", p) for n, (_, patterns) in enumerate(self.groups) for p in patterns.unmatched()
+        ]
         return tuple([("ignore", p) for p in self.ignore.unmatched()] + targets)

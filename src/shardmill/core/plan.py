@@ -181,13 +181,20 @@ def units_of(tensor: TensorPlan, schemes: Sequence[Scheme]) -> Iterator[Unit]:
     scheme = schemes[tensor.scheme] if tensor.scheme >= 0 else None
     module, _ = split_name(spec.name)
     if tensor.action == COPY:
-        outputs = (OutputSpec(spec.name, spec.dtype, spec.shape),)
-        yield Unit(tensor=spec, module=module, rows=1, cols=1, outputs=outputs, begin=spec.begin, slab=(1, 1))
+        copied = (OutputSpec(spec.name, spec.dtype, spec.shape),)
+        yield Unit(tensor=spec, module=module, rows=1, cols=1, outputs=copied, begin=spec.begin, slab=(1, 1))
     elif tensor.action == QUANTIZE and scheme is not None:
         rows, cols = spec.shape
         outputs = quantized_outputs(module, scheme, rows, cols, spec.dtype)
         yield Unit(
-            tensor=spec, module=module, rows=rows, cols=cols, outputs=outputs, scheme=scheme, begin=spec.begin, slab=(rows, cols)
+            tensor=spec,
+            module=module,
+            rows=rows,
+            cols=cols,
+            outputs=outputs,
+            scheme=scheme,
+            begin=spec.begin,
+            slab=(rows, cols),
         )
     else:
         yield from _expert_units(tensor, scheme)
@@ -307,7 +314,13 @@ class _Planner:
             self.linear_modules += [whole, *stack.modules(0)] if stack.param == "weight" else []
             return TensorPlan(spec, COPY, f"ignored by {show(ignored)}" if ignored else reason)
         if len(groups) > 1:
-            self._refuse(shard, spec, "experts-differ", "its experts are not all treated alike", "name all experts of a layer, or none")
+            self._refuse(
+                shard,
+                spec,
+                "experts-differ",
+                "its experts are not all treated alike",
+                "name all experts of a layer, or none",
+            )
             return TensorPlan(spec, COPY, "experts are not treated alike")
         layout = self.layouts.get(stack.prefix)
         if layout is None:
@@ -349,9 +362,16 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         for number, (shard, tensors) in enumerate(zip(checkpoint.shards, decided, strict=True))
     )
     heads = runtime_heads(sizes.model_types)
-    problems = [*checkpoint.problems, *planner.problems, *_check_index(checkpoint), *_check_coverage(planner, shards, heads)]
+    problems = [
+        *checkpoint.problems,
+        *planner.problems,
+        *_check_index(checkpoint),
+        *_check_coverage(planner, shards, heads),
+    ]
     problems += _check_config(checkpoint)
-    quantized = {unit.module for shard in shards for t in shard.tensors if t.scheme >= 0 for unit in _first_units(t, schemes)}
+    quantized = {
+        unit.module for shard in shards for t in shard.tensors if t.scheme >= 0 for unit in _first_units(t, schemes)
+    }
     return Plan(
         recipe=recipe,
         shards=shards,
@@ -402,7 +422,9 @@ def _share_global_scales(
     return shared
 
 
-def _check_fused(members: Sequence[str], located: Mapping[str, tuple[TensorRef, TensorPlan]], planner: _Planner) -> None:
+def _check_fused(
+    members: Sequence[str], located: Mapping[str, tuple[TensorRef, TensorPlan]], planner: _Planner
+) -> None:
     groups = {member: located[member][1].scheme for member in members}
     if len(set(groups.values())) == 1 or planner.recipe.partial_fused:
         return
@@ -443,7 +465,11 @@ def _check_index(checkpoint: Checkpoint) -> list[Problem]:
 
 def _check_coverage(planner: _Planner, shards: Iterable[ShardPlan], heads: Sequence[str]) -> list[Problem]:
     problems = [
-        Problem(kind="pattern-unmatched", message=f"pattern {show(pattern)} in {where} matches no module", way_out="correct or drop it")
+        Problem(
+            kind="pattern-unmatched",
+            message=f"pattern {show(pattern)} in {where} matches no module",
+            way_out="correct or drop it",
+        )
         for where, pattern in planner.matcher.unmatched()
         if pattern not in heads
     ]
@@ -457,5 +483,12 @@ def _check_config(checkpoint: Checkpoint) -> list[Problem]:
     nested = [config, *(value for value in config.values() if isinstance(value, dict))]
     if any(level.get("quantization_config") or level.get("compression_config") for level in nested):
         message = "the source has a quantization_config: it is quantized already"
-        return [Problem(file="config.json", kind="already-quantized", message=message, way_out="start from the unquantized checkpoint")]
+        return [
+            Problem(
+                file="config.json",
+                kind="already-quantized",
+                message=message,
+                way_out="start from the unquantized checkpoint",
+            )
+        ]
     return []

@@ -46,7 +46,9 @@ class Recipe:
         if not self.groups:
             raise _invalid("a recipe needs at least one group or a scheme")
         if self.expert_layout not in (None, *EXPERT_LAYOUTS):
-            raise _invalid(f"expert_layout must be one of {', '.join(EXPERT_LAYOUTS)}, found {show(str(self.expert_layout))}")
+            raise _invalid(
+                f"expert_layout must be one of {', '.join(EXPERT_LAYOUTS)}, found {show(str(self.expert_layout))}"
+            )
         if self.indivisible not in INDIVISIBLE:
             raise _invalid(f"indivisible must be one of {', '.join(INDIVISIBLE)}, found {show(str(self.indivisible))}")
         for patterns in (self.ignore, *(group.targets for group in self.groups)):
@@ -61,7 +63,11 @@ def _patterns(value: Any, subject: str) -> tuple[str, ...]:
     """One string is one pattern; anything else must be a sequence of strings."""
     if isinstance(value, str):
         return (value,)
-    if isinstance(value, Mapping) or not isinstance(value, Sequence) or not all(isinstance(v, str) and v for v in value):
+    if (
+        isinstance(value, Mapping)
+        or not isinstance(value, Sequence)
+        or not all(isinstance(v, str) and v for v in value)
+    ):
         raise _invalid(f"{subject} must be a pattern or a list of patterns, found {value!r}"[:200])
     return tuple(dict.fromkeys(value))
 
@@ -73,14 +79,24 @@ def uniform(scheme: str | Mapping[str, Any] | Scheme, ignore: str | Sequence[str
 
 
 _FIELDS: Final = frozenset(
-    {"scheme", "group_size", "targets", "groups", "ignore", "default_ignores", "indivisible", "partial_fused", "expert_layout"}
+    {
+        "scheme",
+        "group_size",
+        "targets",
+        "groups",
+        "ignore",
+        "default_ignores",
+        "indivisible",
+        "partial_fused",
+        "expert_layout",
+    }
 )
 
 
 def parse_recipe(data: Any) -> Recipe:
     """Build a recipe from a mapping, as a recipe file holds it.
 
-    Either `scheme` (with optional `group_size` and `targets`) or `groups`, a list of such mappings in order of priority.
+    Either `scheme` (with optional `group_size` and `targets`) or `groups`, a list of such mappings by priority.
 
     Raises:
         RecipeInvalid: unknown field, wrong type, unknown or impossible scheme, invalid pattern.
@@ -95,15 +111,23 @@ def parse_recipe(data: Any) -> Recipe:
         raise _invalid(f"unknown fields: {', '.join(map(show, unknown))}", f"known: {', '.join(sorted(_FIELDS))}")
     if ("groups" in data) == ("scheme" in data):
         raise _invalid("give either `scheme` or `groups`")
-    entries = data["groups"] if "groups" in data else [{k: data[k] for k in ("scheme", "group_size", "targets") if k in data}]
+    entries = (
+        data["groups"] if "groups" in data else [{k: data[k] for k in ("scheme", "group_size", "targets") if k in data}]
+    )
     if not isinstance(entries, Sequence) or isinstance(entries, str):
         raise _invalid("groups must be a list")
-    options = {name: data[name] for name in ("default_ignores", "indivisible", "partial_fused", "expert_layout") if name in data}
+    options = {
+        name: data[name]
+        for name in ("default_ignores", "indivisible", "partial_fused", "expert_layout")
+        if name in data
+    }
     for name in ("default_ignores", "partial_fused"):
         if not isinstance(options.get(name, True), bool):
             raise _invalid(f"{name} must be true or false, found {options[name]!r}")
     return Recipe(
-        groups=tuple(_parse_group(entry) for entry in entries), ignore=_patterns(data.get("ignore") or (), "ignore"), **options
+        groups=tuple(_parse_group(entry) for entry in entries),
+        ignore=_patterns(data.get("ignore") or (), "ignore"),
+        **options,
     )
 
 
@@ -112,7 +136,9 @@ def _parse_group(entry: Any) -> Group:
         raise _invalid("each group is a mapping with `scheme` and `targets`")
     unknown = sorted(set(map(str, entry)) - {"scheme", "targets", "group_size"})
     if unknown:
-        raise _invalid(f"a group has unknown fields: {', '.join(map(show, unknown))}", "known: scheme, targets, group_size")
+        raise _invalid(
+            f"a group has unknown fields: {', '.join(map(show, unknown))}", "known: scheme, targets, group_size"
+        )
     scheme = parse_scheme(entry["scheme"])
     if entry.get("group_size") is not None:
         scheme = with_group_size(scheme, entry["group_size"])

@@ -31,8 +31,8 @@ ROLES: Final[tuple[Role, ...]] = (
         "embedding",
         "engines load few quantized embeddings, and heads are tied to them",
         _words(
-            "embed_tokens tok_embeddings word_embeddings position_embeddings token_type_embeddings embed_positions wte wpe"
-            " embed_in embeddings pos_embed position_embedding embedding"
+            "embed_tokens tok_embeddings word_embeddings position_embeddings token_type_embeddings embed_positions wte"
+            " wpe embed_in embeddings pos_embed position_embedding embedding"
         ),
     ),
     Role(
@@ -64,8 +64,8 @@ ROLES: Final[tuple[Role, ...]] = (
         "vision or audio tower",
         "engines run it dense",
         anywhere=_words(
-            "visual vision_tower vision_model vision_encoder embed_vision audio_tower multi_modal_projector mm_projector"
-            " merger vision_adapter"
+            "visual vision_tower vision_model vision_encoder embed_vision audio_tower multi_modal_projector"
+            " mm_projector merger vision_adapter"
         ),
     ),
     Role(

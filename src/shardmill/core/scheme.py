@@ -238,8 +238,10 @@ def with_group_size(scheme: Scheme, group_size: int) -> Scheme:
 _IGNORED_ARGS = frozenset({"observer_kwargs", "zp_dtype", "actorder", "dynamic", "observer"})
 
 
-def _plain(value: Any) -> Any:
-    return str(value).removeprefix("torch.") if value is not None else None
+def _dtype_name(value: Any) -> str | None:
+    """Name of a scale dtype without torch's prefix; the plain float dtypes say nothing beyond the default."""
+    name = str(value).removeprefix("torch.") if value is not None else None
+    return None if name in ("bfloat16", "float16", "float32") else name
 
 
 def _known(data: Mapping[str, Any], fields: tuple[str, ...], subject: str) -> dict[str, Any]:
@@ -249,13 +251,33 @@ def _known(data: Mapping[str, Any], fields: tuple[str, ...], subject: str) -> di
     return {field: data[field] for field in fields if data.get(field) is not None}
 
 
-def _int_or_raise(data: dict[str, Any], field: str, subject: str) -> None:
-    if field in data and (isinstance(data[field], bool) or not isinstance(data[field], int)):
-        raise _invalid(f"{field} of {subject} must be an integer, found {data[field]!r}")
+def _normalise(data: Mapping[str, Any], fields: tuple[str, ...], subject: str) -> dict[str, Any]:
+    """Known fields with checked types, enums and dtypes as plain words."""
+    args = _known(data, fields, subject)
+    for field in ("num_bits", "group_size"):
+        if field in args and (isinstance(args[field], bool) or not isinstance(args[field], int)):
+            raise _invalid(f"{field} of {subject} must be an integer, found {args[field]!r}")
+    if not isinstance(args.get("symmetric", True), bool):
+        raise _invalid(f"symmetric of {subject} must be true or false, found {args['symmetric']!r}")
+    for field in ("type", "strategy"):
+        if field in args:
+            args[field] = str(getattr(args[field], "value", args[field])).lower()
+    args["scale_dtype"] = _dtype_name(args.get("scale_dtype"))
+    return args
+
+
+def _refuse_calibration(data: Mapping[str, Any]) -> None:
+    if data.get("dynamic"):
+        raise _invalid("weights cannot be dynamic: they are quantized once", "leave `dynamic` out of weights")
+    if data.get("actorder"):
+        raise _invalid("actorder needs calibration data", "leave `actorder` out")
+    if data.get("observer") not in (None, *MINMAX_OBSERVERS):
+        known = ", ".join(sorted(MINMAX_OBSERVERS))
+        raise _invalid(f"observer {show(str(data['observer']))} is not available; known: {known}", "leave it out")
 
 
 def parse_weight_args(data: Mapping[str, Any]) -> WeightArgs:
-    """Build `WeightArgs` from a mapping with compressed-tensors' field names; the strategy may be left to group_size.
+    """Build `WeightArgs` from a mapping with compressed-tensors' field names; group_size may stand for the strategy.
 
     Raises:
         RecipeInvalid: unknown field, a value that needs data (`dynamic`, `actorder`, observers), or no known format.
@@ -265,29 +287,15 @@ def parse_weight_args(data: Mapping[str, Any]) -> WeightArgs:
     """
     if not isinstance(data, Mapping):
         raise _invalid(f"weights must be a mapping of arguments, found {type(data).__name__}")
+    _refuse_calibration(data)
     fields = ("num_bits", "type", "strategy", "symmetric", "group_size", "block_structure", "scale_dtype")
-    args = _known(data, fields, "weights")
-    for field in ("num_bits", "group_size"):
-        _int_or_raise(args, field, "weights")
-    if data.get("dynamic"):
-        raise _invalid("weights cannot be dynamic: they are quantized once", "leave `dynamic` out of weights")
-    if data.get("actorder"):
-        raise _invalid("actorder needs calibration data", "leave `actorder` out")
-    if data.get("observer") not in (None, *MINMAX_OBSERVERS):
-        known = ", ".join(sorted(MINMAX_OBSERVERS))
-        raise _invalid(f"observer {show(str(data['observer']))} is not available; known: {known}", "leave it out")
+    args = _normalise(data, fields, "weights")
     size = args.get("group_size")
     if "strategy" not in args:
         structured = "block" if "block_structure" in args else "tensor"
         args["strategy"] = structured if size is None else "channel" if size == -1 else "group"
     if size == -1:
         del args["group_size"]
-    args["scale_dtype"] = _plain(args.get("scale_dtype"))
-    if not (args.get("type") == "float" and (args["scale_dtype"] in ("uint8", "float8_e4m3fn"))):
-        args["scale_dtype"] = None if args["scale_dtype"] in (None, "bfloat16", "float16", "float32") else args["scale_dtype"]
-    for field in ("type", "strategy"):
-        if field in args:
-            args[field] = str(getattr(args[field], "value", args[field])).lower()
     if "block_structure" in args:
         args["block_structure"] = _block_structure(args["block_structure"])
     return WeightArgs(**args)
@@ -315,15 +323,9 @@ def parse_activation_args(data: Mapping[str, Any] | None) -> ActivationArgs | No
     if data.get("dynamic") is not True:
         raise _invalid("static activations need calibration data", "set `dynamic: true` in input_activations")
     fields = ("num_bits", "type", "strategy", "symmetric", "group_size", "scale_dtype")
-    args = _known(data, fields, "input_activations")
-    for field in ("num_bits", "group_size"):
-        _int_or_raise(args, field, "input_activations")
-    for field in ("type", "strategy"):
-        if field in args:
-            args[field] = str(getattr(args[field], "value", args[field])).lower()
+    args = _normalise(data, fields, "input_activations")
     if "strategy" not in args:
         args["strategy"] = "group" if args.get("group_size") else "tensor"
-    args["scale_dtype"] = _plain(args.get("scale_dtype"))
     return ActivationArgs(**args)
 
 
@@ -344,9 +346,10 @@ def parse_scheme(data: str | Mapping[str, Any]) -> Scheme:
         raise _invalid("a scheme needs `weights`: nothing else can be quantized without data")
     if data.get("output_activations") is not None:
         raise _invalid("output_activations need calibration data", "leave them out")
-    name = data.get("preset")
+    name = str(data.get("preset"))
     scheme = Scheme(
-        weights=parse_weight_args(data["weights"]), input_activations=parse_activation_args(data.get("input_activations"))
+        weights=parse_weight_args(data["weights"]),
+        input_activations=parse_activation_args(data.get("input_activations")),
     )
     return replace(scheme, preset=name) if name in PRESETS and replace(PRESETS[name], preset=None) == scheme else scheme
 

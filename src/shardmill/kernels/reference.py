@@ -209,7 +209,8 @@ def pack_nibbles(codes: Tensor) -> Tensor:
     >>> [hex(byte) for byte in pack_nibbles(to_e2m1(torch.tensor([[0.5, -6.0]])))[0].tolist()]
     ['0xf1']
     """
-    return codes[:, 0::2] | codes[:, 1::2] << 4
+    pairs = codes.reshape(len(codes), -1, 2)
+    return pairs[..., 0] | pairs[..., 1] << 4
 
 
 def unpack_nibbles(packed: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,13 +25,9 @@ from shardmill.errors import Interrupted, NonFiniteWeight, Problem
 from shardmill.kernels import reference
 
 WriteChunk = Callable[[memoryview], None]
-
-
-class ReadRange(Protocol):
-    """Fills a view with bytes of a shard's data section."""
-
-    def __call__(self, shard: str, offset: int, view: memoryview) -> None:
-        """Read from `offset`, counted from the start of the file of `shard`."""
+"""Appends bytes to the data section of the output shard."""
+ReadRange = Callable[[str, int, memoryview], None]
+"""Fills the view with bytes of the named shard, from an offset counted from the start of its file."""
 
 
 @dataclass(slots=True)
@@ -135,8 +130,16 @@ def non_finite(rows: Tensor, shard: str, tensor: str, first_row: int) -> NonFini
     """Say where the first NaN or Inf of a row block stands, and how many the block holds."""
     count, index = reference.first_nonfinite(rows) or (0, ())
     where = [index[0] + first_row, *index[1:]] if index else []
-    message = f"NaN or Inf in a weight that is to be quantized: {count} in its first bad row block, first at index {where}"
-    problem = Problem(file=shard, tensor=tensor, kind="non-finite", message=message, way_out="repair the checkpoint or ignore the tensor")
+    message = (
+        f"NaN or Inf in a weight that is to be quantized: {count} in its first bad row block, first at index {where}"
+    )
+    problem = Problem(
+        file=shard,
+        tensor=tensor,
+        kind="non-finite",
+        message=message,
+        way_out="repair the checkpoint or ignore the tensor",
+    )
     return NonFiniteWeight([problem])
 
 
@@ -206,7 +209,9 @@ def _copy(encoder: _Encoder, unit: Unit, sink: WriteChunk) -> None:
         sink(view)
 
 
-def _quantize(encoder: _Encoder, unit: Unit, scheme: Scheme, fused: tuple[TensorRef, ...], sink: WriteChunk) -> WeightRecord:
+def _quantize(
+    encoder: _Encoder, unit: Unit, scheme: Scheme, fused: tuple[TensorRef, ...], sink: WriteChunk
+) -> WeightRecord:
     """Stream the codes of one weight and hold its scales for the places after them."""
     whole = encoder.whole(unit, scheme, fused)
     codes, *rest = unit.outputs

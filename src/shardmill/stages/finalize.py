@@ -93,5 +93,6 @@ def is_published(destination: Path, manifest: Mapping[str, Any]) -> bool:
     if found is None or found.get("plan") != manifest["plan"]:
         return False
     return all(
-        (path := destination / entry["name"]).is_file() and path.stat().st_size == entry["size"] for entry in manifest["shards"]
+        (path := destination / entry["name"]).is_file() and path.stat().st_size == entry["size"]
+        for entry in manifest["shards"]
     )

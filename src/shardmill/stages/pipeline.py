@@ -69,7 +69,9 @@ def resolve_devices(device: str, workers: int) -> tuple[str, ...]:
 
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         count = torch.accelerator.device_count() if accelerator is not None else 0
-        named = tuple(f"{accelerator.type}:{number}" for number in range(count)) if accelerator is not None else ("cpu",)
+        named = (
+            tuple(f"{accelerator.type}:{number}" for number in range(count)) if accelerator is not None else ("cpu",)
+        )
     else:
         named = tuple(part.strip() for part in device.split(",") if part.strip()) or ("cpu",)
     return ("cpu",) * (workers or cores()) if named == ("cpu",) else named
@@ -136,7 +138,9 @@ def quantize_all(
             watch.on_shard(outcome)
     failures = _quantize_misses(misses, source, store, options, watch, stop, found) if misses else []
     if stop.is_set():
-        raise Interrupted(f"stopped on request; {len(found)} of {len(plan.shards)} shards are finished, run again to go on")
+        raise Interrupted(
+            f"stopped on request; {len(found)} of {len(plan.shards)} shards are finished, run again to go on"
+        )
     if failures:
         raise ShardFailures(failures, len(found))
     return tuple(found[shard.name] for shard in plan.shards)
@@ -167,7 +171,11 @@ def _quantize_misses(
 
 
 def _collect(
-    name: str, future: Future[ShardOutcome], found: dict[str, ShardOutcome], failures: list[tuple[str, BaseException]], watch: Watcher
+    name: str,
+    future: Future[ShardOutcome],
+    found: dict[str, ShardOutcome],
+    failures: list[tuple[str, BaseException]],
+    watch: Watcher,
 ) -> None:
     error = future.exception()
     if error is None:

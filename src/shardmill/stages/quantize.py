@@ -158,7 +158,11 @@ def _compute(shard: ShardPlan, key: str, sources: _Sources, store: Store, device
         blob = writer.commit(read_only=True)
     controls.on_bytes(shard.size - reported)
     return Receipt(
-        key=key, blob=blob, tensors=tuple(placed.spec.name for placed in layout.placed), weights=weights, producer=producer()
+        key=key,
+        blob=blob,
+        tensors=tuple(placed.spec.name for placed in layout.placed),
+        weights=weights,
+        producer=producer(),
     )
 
 

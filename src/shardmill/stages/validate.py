@@ -15,7 +15,9 @@ from shardmill.storage.source import SourceFolder
 from shardmill.storage.store import Store, check_location
 
 
-def validate_shards(shards: Iterable[ShardPlan], taken: frozenset[str], source: SourceFolder | None = None) -> list[Problem]:
+def validate_shards(
+    shards: Iterable[ShardPlan], taken: frozenset[str], source: SourceFolder | None = None
+) -> list[Problem]:
     """Check some shards of a plan.
 
     Args:
@@ -38,7 +40,11 @@ def check_unchanged(shard: ShardPlan, source: SourceFolder) -> list[Problem]:
         return list(error.problems)
     if found.size == shard.size and found.header.tensors == tuple(tensor.spec for tensor in shard.tensors):
         return []
-    return [Problem(file=shard.name, kind="source-changed", message="its header is not the planned one", way_out="run again")]
+    return [
+        Problem(
+            file=shard.name, kind="source-changed", message="its header is not the planned one", way_out="run again"
+        )
+    ]
 
 
 def validate_plan(plan: Plan) -> list[Problem]:
@@ -85,6 +91,9 @@ def refuse_problems(problems: Iterable[Problem]) -> None:
     found = sorted(set(problems))
     if not found:
         return
-    if all(problem.kind in ("destination-in-use", "destination-unwritable", "no-space", "store-in-source") for problem in found):
+    if all(
+        problem.kind in ("destination-in-use", "destination-unwritable", "no-space", "store-in-source")
+        for problem in found
+    ):
         raise DestinationInvalid(found)
     raise Refused(found)

@@ -64,7 +64,9 @@ class RangeReader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         after = FileIdentity.of(self.path, os.fstat(self._fd))
         os.close(self._fd)
         if kind is None and after != self.identity:
@@ -81,7 +83,9 @@ class RangeReader:
             with operation("read", self.path):
                 count = os.preadv(self._fd, [view[done:]], offset + done)
             if count == 0:
-                raise SourceChanged(f"{show(str(self.path), 200)} ends at byte {offset + done}; it was longer when planned")
+                raise SourceChanged(
+                    f"{show(str(self.path), 200)} ends at byte {offset + done}; it was longer when planned"
+                )
             done += count
 
 
@@ -108,7 +112,7 @@ class _Hashes:
 
 
 class FileWriter:
-    """Writes one file of known size under a temporary name; `commit` gives it its name, anything else leaves nothing."""
+    """Writes one file of known size under a temporary name; `commit` names it, anything else leaves nothing."""
 
     def __init__(self, target: Path, size: int, *, mode: int = 0o666) -> None:
         self.target = target
@@ -124,7 +128,9 @@ class FileWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.abort()
 
     def write(self, data: memoryview) -> None:
@@ -144,14 +150,16 @@ class FileWriter:
         """
         digests = self._hashes.result()
         if digests.size != self._hashes.size:
-            raise StorageFailed(f"write {show(str(self.target), 200)}: {self._hashes.size} bytes announced, {digests.size} written")
+            raise StorageFailed(
+                f"write {show(str(self.target), 200)}: {self._hashes.size} bytes announced, {digests.size} written"
+            )
         with operation("publish", self.target):
             if read_only:
                 os.fchmod(self._fd, 0o444)
             os.fsync(self._fd)
             os.close(self._fd)
             self._fd = -1
-            os.replace(self._temporary, self.target)
+            self._temporary.replace(self.target)
             sync_folder(self.target.parent)
         return digests
 

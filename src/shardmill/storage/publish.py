@@ -41,9 +41,13 @@ def is_free(destination: Path) -> bool:
     return not destination.exists() or (destination.is_dir() and not any(destination.iterdir()))
 
 
-def in_use(destination: Path, message: str, way_out: str = "choose another destination, or remove it") -> DestinationInvalid:
+def in_use(
+    destination: Path, message: str, way_out: str = "choose another destination, or remove it"
+) -> DestinationInvalid:
     """Build the refusal of a destination."""
-    return DestinationInvalid([Problem(file=str(destination), kind="destination-in-use", message=message, way_out=way_out)])
+    return DestinationInvalid(
+        [Problem(file=str(destination), kind="destination-in-use", message=message, way_out=way_out)]
+    )
 
 
 def check_destination(destination: Path, source: Path) -> list[Problem]:
@@ -53,8 +57,12 @@ def check_destination(destination: Path, source: Path) -> list[Problem]:
     if real == real_source or real.is_relative_to(real_source) or real_source.is_relative_to(real):
         problems += in_use(destination, "it is the source, or one lies inside the other").problems
     elif not is_free(destination) and read_manifest(destination) is None:
-        kind = "a link" if destination.is_symlink() else "a folder that is not empty" if destination.is_dir() else "a file"
-        problems += in_use(destination, f"expected nothing or an empty folder, found {kind} with other content").problems
+        kind = (
+            "a link" if destination.is_symlink() else "a folder that is not empty" if destination.is_dir() else "a file"
+        )
+        problems += in_use(
+            destination, f"expected nothing or an empty folder, found {kind} with other content"
+        ).problems
     return problems + _check_writable(destination.parent)
 
 
@@ -67,7 +75,11 @@ def _check_writable(folder: Path) -> list[Problem]:
         canary.rmdir()
     except OSError as error:
         message = f"cannot be written: {error.strerror}"
-        return [Problem(file=str(existing), kind="destination-unwritable", message=message, way_out="choose another destination")]
+        return [
+            Problem(
+                file=str(existing), kind="destination-unwritable", message=message, way_out="choose another destination"
+            )
+        ]
     return []
 
 
@@ -157,7 +169,7 @@ def publish(
 
 def _rename(partial: Path, destination: Path) -> None:
     try:
-        os.rename(partial, destination)
+        partial.rename(destination)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise in_use(destination, "something else appeared there while shards were quantized") from error

@@ -20,10 +20,28 @@ _CONFIG_LIMIT: Final = 4_000_000
 _INDEX_LIMIT: Final = 64_000_000
 _READERS: Final = 16
 _COPIED_NAMES: Final = frozenset(
-    """config.json generation_config.json params.json tokenizer.json tokenizer.model tokenizer_config.json tekken.json
-    special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt spiece.model sentencepiece.bpe.model
-    preprocessor_config.json processor_config.json image_processor_config.json video_preprocessor_config.json
-    chat_template.json chat_template.jinja""".split()
+    [
+        "config.json",
+        "generation_config.json",
+        "params.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "tekken.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "spiece.model",
+        "sentencepiece.bpe.model",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "image_processor_config.json",
+        "video_preprocessor_config.json",
+        "chat_template.json",
+        "chat_template.jinja",
+    ]
 )
 _COPIED_PREFIXES: Final = ("license", "readme", "notice", "tokenizer.model.")
 _COPIED_SUFFIXES: Final = (".jinja",)
@@ -51,7 +69,9 @@ class SourceFolder:
         if not stat.S_ISREG(status.st_mode):
             raise refuse("file-irregular", "expected a regular file", file=name)
         if not self._contains(real):
-            raise refuse("file-outside", "it is a link that leads out of the checkpoint", file=name, way_out="copy the file in")
+            raise refuse(
+                "file-outside", "it is a link that leads out of the checkpoint", file=name, way_out="copy the file in"
+            )
         return path
 
     def _contains(self, real: Path) -> bool:
@@ -122,7 +142,12 @@ def local_path(url: str) -> Path:
         return Path(url).expanduser().absolute()
     if scheme == "file":
         return Path(rest).absolute()
-    raise refuse("location", f"locations of kind {show(scheme)} are not supported by this version", file=url, way_out="use a path")
+    raise refuse(
+        "location",
+        f"locations of kind {show(scheme)} are not supported by this version",
+        file=url,
+        way_out="use a path",
+    )
 
 
 def read_checkpoint(source: SourceFolder) -> Checkpoint:
@@ -197,7 +222,9 @@ def _read_config(source: SourceFolder, problems: list[Problem]) -> str:
     return data.decode("utf-8-sig")
 
 
-def _sort_other_files(names: Iterable[str], shards: Iterable[str]) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+def _sort_other_files(
+    names: Iterable[str], shards: Iterable[str]
+) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
     """What is copied, by allow-list, and what is left out and why."""
     copied: list[str] = []
     left_out: list[tuple[str, str]] = []
@@ -231,7 +258,12 @@ def _unindexed(shards: Iterable[SourceShard], index: CheckpointIndex | None) -> 
         return []
     named = {tensor for tensor, _ in index.weight_map}
     return [
-        Problem(file=shard.name, tensor=spec.name, kind="tensor-unindexed", message="the index does not name it; it is carried over")
+        Problem(
+            file=shard.name,
+            tensor=spec.name,
+            kind="tensor-unindexed",
+            message="the index does not name it; it is carried over",
+        )
         for shard in shards
         for spec in shard.header.tensors
         if spec.name not in named

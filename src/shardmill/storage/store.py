@@ -5,15 +5,14 @@
     digests/<identity>.json      BLAKE3 of a source file by path, device, inode, size and times
     set-aside/                   blobs whose check failed
 
-A hit = the receipt parses, its key is the one asked for, and the blob has the recorded size and digests. Anything less is
-a miss with a warning. No locks: every write appears whole under its name, and equal keys mean equal bytes.
+A hit = the receipt parses, its key is the one asked for, and the blob has the recorded size and digests. Anything less
+is a miss with a warning. No locks: every write appears whole under its name, and equal keys mean equal bytes.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
@@ -23,7 +22,15 @@ from typing import Final
 from shardmill.core.digest import Digest, digest_json
 from shardmill.core.receipt import Receipt, parse_receipt
 from shardmill.errors import Problem, SourceChanged, show
-from shardmill.storage.local import FileIdentity, FileWriter, hash_edges, hash_file, operation, remove_dead_temporaries, write_small
+from shardmill.storage.local import (
+    FileIdentity,
+    FileWriter,
+    hash_edges,
+    hash_file,
+    operation,
+    remove_dead_temporaries,
+    write_small,
+)
 
 log = logging.getLogger(__name__)
 FOLDER_NAME: Final = ".shardmill"
@@ -129,7 +136,7 @@ class Store:
         self.receipt_path(key).unlink(missing_ok=True)
         blob = self.blob_path(key)
         if blob.exists():
-            os.replace(blob, self.root / "set-aside" / f"{key}.{time.time_ns()}")
+            blob.replace(self.root / "set-aside" / f"{key}.{time.time_ns()}")
 
     def source_digest(self, path: Path, *, stop: Callable[[], bool] = bool) -> tuple[Digest, FileIdentity, bool]:
         """Digest of a source file: remembered by its identity, else read once.
@@ -144,7 +151,8 @@ class Store:
         digests, identity = hash_file(path, stop)
         if time.time_ns() - max(identity.mtime_ns, identity.ctime_ns) > _FRESH_NS:
             write_small(
-                self.root / "digests" / f"{digest_json(asdict(identity))}.json", json.dumps({"digest": str(digests.whole)}).encode()
+                self.root / "digests" / f"{digest_json(asdict(identity))}.json",
+                json.dumps({"digest": str(digests.whole)}).encode(),
             )
         return digests.whole, identity, True
 
@@ -168,11 +176,18 @@ class Store:
             receipt = self._read_receipt(path.stem)
             defect = "has an unusable receipt" if receipt is None else self._blob_defect(receipt, full=True)
             if defect:
-                problems.append(Problem(file=path.stem, kind="store-corrupt", message=f"blob {defect}", way_out="it is redone when asked for"))
+                problems.append(
+                    Problem(
+                        file=path.stem,
+                        kind="store-corrupt",
+                        message=f"blob {defect}",
+                        way_out="it is redone when asked for",
+                    )
+                )
         return problems
 
     def collect(self, *, older_than: float, keep: Collection[str] = ()) -> list[Entry]:
-        """Delete receipts and blobs that are older than `older_than` seconds, not linked by a destination and not in `keep`.
+        """Delete what is older than `older_than` seconds, not linked by a destination and not in `keep`.
 
         The receipt goes before its blob, so that no receipt ever speaks of a blob that is gone.
         """
@@ -207,6 +222,12 @@ def default_root(destination: Path) -> Path:
 def check_location(store: Path, source: Path) -> list[Problem]:
     """A store inside the source would change what is read."""
     if store.resolve().is_relative_to(source.resolve()):
-        return [Problem(file=str(store), kind="store-in-source", message="the store lies inside the source", way_out="set --store")]
+        return [
+            Problem(
+                file=str(store),
+                kind="store-in-source",
+                message="the store lies inside the source",
+                way_out="set --store",
+            )
+        ]
     return []
-
