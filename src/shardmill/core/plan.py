@@ -247,6 +247,27 @@ def _role(module: str) -> Role | None:
     return _role_of_template(_DIGITS.sub("0", module))
 
 
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """What the patterns and roles say of one module."""
+
+    group: int
+    """-1 for none."""
+    reason: str
+    pattern: str | None = None
+    """The target that names it; None for a catch-all."""
+
+
+def _is_demanded(shape: tuple[int, ...], choice: _Choice) -> bool:
+    """Whether a target insists on a tensor that is no matrix, so that leaving it out would be a surprise.
+
+    An expression that covers a layer also meets its norms and biases; nobody means those.
+    """
+    if choice.pattern is None or 0 in shape:
+        return False
+    return len(shape) > 1 or not choice.pattern.startswith("re:")
+
+
 @dataclass(slots=True)
 class _Planner:
     """The state of one planning pass."""
@@ -268,14 +289,15 @@ class _Planner:
         if stack is not None:
             return self._decide_stack(spec, stack, shard)
         module, param = split_name(spec.name)
-        group, reason, explicit = self._resolve(module)
+        choice = self._resolve(module)
         if param != "weight":
             return TensorPlan(spec, COPY, "not a weight")
-        return self._decide_weight(spec, module, group, reason, explicit=explicit)
+        return self._decide_weight(spec, module, choice)
 
-    def _decide_weight(self, spec: TensorSpec, module: str, group: int, reason: str, *, explicit: bool) -> TensorPlan:
+    def _decide_weight(self, spec: TensorSpec, module: str, choice: _Choice) -> TensorPlan:
+        group, reason = choice.group, choice.reason
         is_matrix = len(spec.shape) == 2 and 0 not in spec.shape
-        if group >= 0 and not is_matrix and (0 in spec.shape or not explicit):
+        if group >= 0 and not is_matrix and not _is_demanded(spec.shape, choice):
             group, reason = -1, f"not a matrix: shape {list(spec.shape)}"
         if group >= 0 and spec.dtype not in COMPUTABLE | CODES:
             group, reason = -1, f"dtype {spec.dtype} is not quantized"
@@ -289,27 +311,27 @@ class _Planner:
             return TensorPlan(spec, COPY, reason)
         return TensorPlan(spec, QUANTIZE, reason, group)
 
-    def _resolve(self, module: str) -> tuple[int, str, bool]:
-        """Group (or -1), reason, and whether a target names the module; notes every pattern that matches."""
+    def _resolve(self, module: str) -> _Choice:
+        """Choose by name alone; notes every pattern that matches."""
         ignored = self.matcher.ignored_by(module)
         target = self.matcher.target_of(module)
         if ignored is not None:
-            return -1, f"ignored by {show(ignored)}", False
+            return _Choice(-1, f"ignored by {show(ignored)}")
         if target is None:
-            return -1, "no target matches", False
+            return _Choice(-1, "no target matches")
         role = _role(module) if self.recipe.default_ignores else None
         if role is not None and not target.explicit:
             self.role_copies.add(module)
-            return -1, f"default: {role.name} ({role.why})", False
-        return target.group, f"target {show(target.pattern)}", target.explicit
+            return _Choice(-1, f"default: {role.name} ({role.why})")
+        return _Choice(target.group, f"target {show(target.pattern)}", target.pattern if target.explicit else None)
 
     def _decide_stack(self, spec: TensorSpec, stack: Stack, shard: str) -> TensorPlan:
         """Split a stack when every expert in it is quantized alike; copy it when none is."""
         whole = f"{stack.prefix}.{stack.leaf}"
         ignored = self.matcher.ignored_by(whole)
         found = {self._resolve(module) for expert in range(spec.shape[0]) for module in stack.modules(expert)}
-        groups = {group for group, _, _ in found}
-        _, reason, _ = min(found, default=(-1, "no experts", False))
+        groups = {choice.group for choice in found}
+        reason = min((choice.reason for choice in found), default="no experts")
         if ignored is not None or groups <= {-1}:
             self.linear_modules += [whole, *stack.modules(0)] if stack.param == "weight" else []
             return TensorPlan(spec, COPY, f"ignored by {show(ignored)}" if ignored else reason)

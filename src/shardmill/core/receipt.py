@@ -77,8 +77,8 @@ def parse_receipt(data: bytes) -> Receipt:
         return Receipt(
             key=_text(raw["key"]),
             blob=_parse_blob(raw["blob"]),
-            tensors=tuple(map(_text, raw["tensors"])),
-            weights=tuple(_parse_weight(entry) for entry in raw["weights"]),
+            tensors=tuple(map(_text, _list(raw["tensors"]))),
+            weights=tuple(_parse_weight(entry) for entry in _list(raw["weights"])),
             producer=tuple((_text(name), _text(version)) for name, version in sorted(raw["producer"].items())),
         )
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -88,6 +88,12 @@ def parse_receipt(data: bytes) -> Receipt:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"expected a string, found {type(value).__name__}")
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"expected a list, found {type(value).__name__}")
     return value
 
 

@@ -28,6 +28,14 @@ def _words(text: str) -> frozenset[str]:
 
 ROLES: Final[tuple[Role, ...]] = (
     Role(
+        "vision or audio tower",
+        "engines run it dense",
+        anywhere=_words(
+            "visual vision_tower vision_model vision_encoder embed_vision audio_tower multi_modal_projector"
+            " mm_projector merger vision_adapter"
+        ),
+    ),
+    Role(
         "embedding",
         "engines load few quantized embeddings, and heads are tied to them",
         _words(
@@ -47,7 +55,7 @@ ROLES: Final[tuple[Role, ...]] = (
         _words("router shared_expert_gate"),
         r"(^|\.)(mlp|moe|block_sparse_moe|feed_forward|ffn|mixer)\.gate$|(^|\.)router\.",
     ),
-    Role("norm", "not linear", pattern=r"(^|[._])(layer_?norm|rms_?norm)|norm[^.]*$|(^|\.)ln_\w+$"),
+    Role("norm", "not linear", pattern=r"(layer_?norm|rms_?norm)[^.]*$|norm(\d+|_f)?$|(^|\.)ln_\w+$"),
     Role(
         "convolution",
         "consumed as a convolution",
@@ -59,14 +67,6 @@ ROLES: Final[tuple[Role, ...]] = (
         "tiny and sensitive",
         _words("in_proj_a in_proj_b in_proj_ba dt_proj x_proj"),
         r"_decay$",
-    ),
-    Role(
-        "vision or audio tower",
-        "engines run it dense",
-        anywhere=_words(
-            "visual vision_tower vision_model vision_encoder embed_vision audio_tower multi_modal_projector"
-            " mm_projector merger vision_adapter"
-        ),
     ),
     Role(
         "multi-token prediction",

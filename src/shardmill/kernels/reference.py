@@ -257,12 +257,12 @@ def mx_exponents(amax: Tensor, num_bits: int) -> Tensor:
     """Choose the shared exponents of MX groups: `e(amax) - floor(log2(largest value))`.
 
     amax float32 -> uint8 of the same shape. `e` is the biased exponent of amax, one more from mantissa 1.75 on.
-    Saturates at 0; the rule itself never reaches 255, which would mean NaN.
+    Saturates at 0, and where `e` would be that of infinity: so every code times its scale is finite.
 
     >>> mx_exponents(torch.tensor([1.0, 1.74, 1.75, 0.0, 3.4e38]), 4).tolist()
-    [125, 125, 126, 0, 253]
+    [125, 125, 126, 0, 252]
     """
-    exponent = (amax.view(torch.int32) + _MX_CARRY) >> 23
+    exponent = ((amax.view(torch.int32) + _MX_CARRY) >> 23).clamp(max=254)
     return (exponent - _MX_EXPONENT_OFFSET[num_bits]).clamp(min=0).to(torch.uint8)
 
 

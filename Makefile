@@ -1,0 +1,68 @@
+# One definition for people and for CI. `make help` lists the targets.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+# Tools see `flows/` and `tasks/` inside the package through a throwaway tree of links.
+LINKS := build/lint
+SCRIPTS = $(shell find deployments -name '*.py')
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-all coverage bench check lint types layers link-tree goldens clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: .venv/stamp  ## make .venv with everything pinned by constraints.txt
+
+demo: .venv/stamp  ## quantize a small real model from end to end
+	$(BIN)/shardmill demo
+
+test: .venv/stamp  ## run the tests that need no accelerator, no download and no reference system
+	$(BIN)/pytest
+
+test-all: .venv/stamp .venv-reference/stamp .venv-seed/stamp  ## also the slow tests and those against the reference systems
+	$(BIN)/pytest -m "not gpu"
+	$(BIN)/python tests/oracle/oracle_table.py --write docs/oracle.md
+
+coverage: .venv/stamp  ## branch coverage of the default tests; core must be complete
+	$(BIN)/pytest --cov --cov-report=
+	$(BIN)/coverage report
+	$(BIN)/coverage report --include='src/shardmill/core/*' --fail-under=100
+
+bench: .venv/stamp  ## measure speed and memory on this machine
+	$(BIN)/python tests/bench/bench.py
+
+check: lint types layers  ## lint, format, types, layers
+
+lint: .venv/stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: .venv/stamp link-tree
+	MYPYPATH=$(LINKS) $(BIN)/mypy -p shardmill
+	MYPYPATH=$(LINKS):tests $(BIN)/mypy tests $(SCRIPTS)
+
+layers: .venv/stamp link-tree
+	PYTHONPATH=$(LINKS) $(BIN)/lint-imports --cache-dir build/import-linter
+
+link-tree:
+	rm -rf $(LINKS)
+	mkdir -p $(LINKS)/shardmill
+	ln -s $(CURDIR)/src/shardmill/* $(CURDIR)/flows $(CURDIR)/tasks $(LINKS)/shardmill/
+
+goldens: .venv/stamp  ## write the golden files anew; read the difference before you keep it
+	$(BIN)/pytest --update-goldens
+
+clean:  ## remove environments, caches and builds
+	rm -rf .venv .venv-reference .venv-seed build dist .coverage htmlcov .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+.venv/stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	touch $@
+
+.venv-%/stamp: tests/reference/constraints-%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --constraint $< llmcompressor torch
+	touch $@

@@ -1,0 +1,64 @@
+"""What every test shares: a Prefect that touches nothing outside, Hypothesis profiles, goldens, reference systems."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Prefect reads its settings when it is imported, and this file is imported before any test module.
+_PREFECT = Path(tempfile.mkdtemp(prefix="shardmill-tests-"))
+os.environ |= {
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PREFECT_HOME": str(_PREFECT / "home"),
+    "PREFECT_LOCAL_STORAGE_PATH": str(_PREFECT / "results"),
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+}
+for _name in ("PREFECT_API_URL", "PREFECT_API_KEY", "PREFECT_PROFILE"):
+    os.environ.pop(_name, None)  # a developer's own server is none of the tests' business
+
+# Time limits per example would fail on a busy machine; how long a test may take in all is pytest-timeout's to say.
+_PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.register_profile("ci", _PATIENT, max_examples=50, derandomize=True)
+settings.register_profile("large", _PATIENT, max_examples=5000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-goldens", action="store_true", help="write golden files anew instead of comparing")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_PREFECT, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def update_goldens(request: pytest.FixtureRequest) -> bool:
+    """Whether golden files are to be written anew."""
+    return bool(request.config.getoption("--update-goldens"))
+
+
+@pytest.fixture(scope="session")
+def reference_python() -> Path:
+    """The interpreter of the reference system, for tests marked `oracle`."""
+    return _interpreter(".venv-reference")
+
+
+@pytest.fixture(scope="session")
+def seed_python() -> Path:
+    """The interpreter of the older reference system, for tests marked `seed`."""
+    return _interpreter(".venv-seed")
+
+
+def _interpreter(environment: str) -> Path:
+    python = ROOT / environment / "bin" / "python"
+    if not python.exists():
+        pytest.fail(f"{python} does not exist; run `make {environment}/stamp`")
+    return python

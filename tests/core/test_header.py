@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardmill.core.dtypes import BITS, size_in_bytes
+from shardmill.core.header import HEADER_LIMIT, ShardHeader, encode_header, header_length, parse_header
+from shardmill.errors import CheckpointInvalid
+
+
+def parse(table: object, data_bytes: int, *, raw: bytes | None = None) -> ShardHeader:
+    body = raw if raw is not None else json.dumps(table).encode()
+    return parse_header(body, 8 + len(body) + data_bytes, file="m.safetensors")
+
+
+def refusal(table: object, data_bytes: int, *, raw: bytes | None = None) -> str:
+    with pytest.raises(CheckpointInvalid) as caught:
+        parse(table, data_bytes, raw=raw)
+    return str(caught.value)
+
+
+def entry(dtype: str = "U8", shape: object = (4,), offsets: object = (0, 4)) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+def test_tensors_come_in_order_of_their_data() -> None:
+    header = parse({"b": entry(offsets=(4, 8)), "a": entry(), "__metadata__": {"format": "pt"}}, 8)
+    assert [spec.name for spec in header.tensors] == ["a", "b"]
+    assert header.metadata == (("format", "pt"),)
+
+
+def test_legal_oddities_pass() -> None:
+    header = parse({"empty": entry(shape=(0, 3), offsets=(0, 0)), "scalar": entry(shape=(), offsets=(0, 1))}, 1)
+    assert {spec.shape for spec in header.tensors} == {(0, 3), ()}
+
+
+@pytest.mark.parametrize(
+    ("table", "data_bytes", "says"),
+    [
+        ({"a": entry()}, 3, "found"),
+        ({"a": entry()}, 5, "found"),
+        ({"a": entry(), "b": entry(offsets=(5, 9))}, 9, "hole"),
+        ({"a": entry(), "b": entry(offsets=(2, 6))}, 6, "overlap"),
+        ({"a": entry(dtype="Q4")}, 4, "unknown dtype"),
+        ({"a": entry(shape=(-4,))}, 4, "non-negative"),
+        ({"a": entry(shape=(True, 4))}, 4, "non-negative"),
+        ({"a": entry(shape=[1] * 9)}, 1, "at most 8"),
+        ({"a": entry(shape=(5,))}, 4, "takes 5 bytes"),
+        ({"a": entry(offsets=(4, 0))}, 4, "span"),
+        ({"a": entry() | {"extra": 1}}, 4, "exactly dtype"),
+        ({"a": 3}, 4, "exactly dtype"),
+        ({"": entry()}, 4, "empty name"),
+        ({"a\u202eb": entry()}, 4, "invisible"),
+        ({"a": entry(), "__metadata__": {"x": 1}}, 4, "__metadata__"),
+        ({"f4": entry(dtype="F4", shape=(3,), offsets=(0, 2))}, 2, "takes None bytes"),
+    ],
+)
+def test_every_defect_is_refused_and_named(table: object, data_bytes: int, says: str) -> None:
+    assert says in refusal(table, data_bytes)
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (
+            b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
+            "twice",
+        ),
+        (b'{"a":{"dtype":"U8","dtype":"I8","shape":[1],"data_offsets":[0,1]}}', "twice"),
+        (b"[]", "start with"),
+        (b'{"a": NaN}', "not JSON"),
+        (b'{"a": ' + b"[" * 100_000, "not valid JSON"),
+        (b'{"\xff": 1}', "not valid JSON"),
+    ],
+)
+def test_json_is_parsed_strictly(raw: bytes, says: str) -> None:
+    assert says in refusal(None, 1, raw=raw)
+
+
+def test_all_defects_of_a_header_are_told_at_once() -> None:
+    text = refusal({"a": entry(dtype="Q4"), "b": entry(shape=(5,)), "c": entry()}, 4)
+    assert text.count("\n") == 1
+    assert "`a`" in text
+    assert "`b`" in text
+
+
+@pytest.mark.parametrize("length", [0, 1, HEADER_LIMIT + 1, 2**63])
+def test_an_impossible_header_length_is_refused_unread(length: int) -> None:
+    with pytest.raises(CheckpointInvalid):
+        header_length(length.to_bytes(8, "little"), 50)
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_parse_or_are_refused(raw: bytes) -> None:
+    with suppress(CheckpointInvalid):
+        assert parse_header(raw, 8 + len(raw)).size == 8 + len(raw)
+
+
+@given(st.lists(st.tuples(st.sampled_from(sorted(BITS)), st.lists(st.integers(0, 5), max_size=4)), max_size=6))
+def test_what_is_encoded_parses_to_itself(rows: list[tuple[str, list[int]]]) -> None:
+    placed = []
+    begin = 0
+    for number, (dtype, shape) in enumerate(rows):
+        size = size_in_bytes(dtype, tuple(shape))
+        if size is not None:
+            placed.append((f"t{number:02d}", dtype, tuple(shape), begin, begin + size))
+            begin += size
+    head = encode_header(placed, [("format", "pt")])
+    header = parse_header(head[8:], len(head) + begin)
+    assert len(head) % 8 == 0
+    assert sorted((s.name, s.dtype, s.shape, s.begin, s.end) for s in header.tensors) == sorted(placed)
