@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any, Final
 
 from shardmill.core.digest import digest_json
@@ -208,8 +209,27 @@ def manifest(
         "files": dict(file_digests),
         "files_not_copied": [{"file": name, "reason": reason} for name, reason in plan.left_out],
         "warnings": [_warning(problem) for problem in plan.warnings],
+        "totals": totals(plan),
         "shards": [_shard_entry(plan, receipts[shard.name], number) for number, shard in enumerate(plan.shards)],
     }
+
+
+def totals(plan: Plan) -> dict[str, int]:
+    """Add up all shards: bytes in and out with their headers, then elements and bytes by what becomes of them.
+
+    `quantized_bytes` counts codes, scales and all else that replaces a weight. The plan must be free of problems: a
+    tensor that cannot be treated as decided has no output.
+    """
+    found = dict.fromkeys(("output_bytes", "quantized_weights", "quantized_bytes", "copied_weights", "copied_bytes"), 0)
+    for shard in plan.shards:
+        layout = shard.layout()
+        found["output_bytes"] += len(layout.header()) + layout.data_bytes
+        for unit in layout.units:
+            kind = "copied" if unit.scheme is None else "quantized"
+            elements = prod(unit.outputs[0].shape) if unit.scheme is None else unit.rows * unit.cols
+            found[f"{kind}_weights"] += elements
+            found[f"{kind}_bytes"] += sum(spec.nbytes for spec in unit.outputs)
+    return {"source_bytes": plan.source_bytes, **found}
 
 
 def _warning(problem: Any) -> dict[str, str]:

@@ -344,7 +344,7 @@ class _Planner:
                 "name all experts of a layer, or none",
             )
             return TensorPlan(spec, COPY, "experts are not treated alike")
-        layout = self.layouts.get(stack.prefix)
+        layout = self.layouts.get(stack.prefix, self.recipe.expert_layout)
         if layout is None:
             sizes = f"hidden_size {sorted(self.sizes.hidden)}, widths {sorted(self.sizes.widths)}"
             self._refuse(

@@ -206,7 +206,7 @@ class Store:
 
 def _read_memo(path: Path) -> Digest | None:
     try:
-        return Digest.parse(json.loads(path.read_bytes())["digest"])
+        return Digest.parse(str(json.loads(path.read_bytes())["digest"]))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,0 +1,303 @@
+"""The bytes of whole shards: against the oracle, and independent of sharding, blocks and workers."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import checkpoints
+from kernels.oracle import expected
+from shardmill.core import layout
+from shardmill.core.recipe import Recipe, parse_recipe, uniform
+from shardmill.core.scheme import PRESETS
+from shardmill.errors import Interrupted, NonFiniteWeight, Refused, ShardFailures, SourceChanged
+from shardmill.stages.pipeline import RunOptions, RunResult, Watcher, run
+from shardmill.stages.plan import Locations, make_plan
+from shardmill.stages.quantize import Controls, DevicePool, quantize_shard
+
+CPU = RunOptions(device="cpu", workers=1)
+
+
+def convert(source: Path, destination: Path, recipe: Recipe, options: RunOptions = CPU) -> RunResult:
+    return run(Locations(source=str(source), destination=str(destination)), recipe, options)
+
+
+def result_of(tmp_path: Path, tensors: dict[str, Tensor], recipe: Recipe, shards: int = 1) -> dict[str, Tensor]:
+    source = checkpoints.write(tmp_path / f"src{shards}", checkpoints.deal(tensors, shards))
+    convert(source, tmp_path / f"dst{shards}", recipe)
+    return checkpoints.read(tmp_path / f"dst{shards}")
+
+
+@pytest.mark.parametrize("scheme", sorted(PRESETS))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_written_shard_holds_the_oracles_bytes(tmp_path: Path, scheme: str, dtype: torch.dtype) -> None:
+    weight = checkpoints.gaussian(1, 96, 256, dtype=dtype)
+    found = result_of(tmp_path, {"m.o_proj.weight": weight, "m.bias": weight[0].clone()}, uniform(scheme))
+    wanted = {f"m.o_proj.{name}": tensor for name, tensor in expected(PRESETS[scheme], weight).items()}
+    assert checkpoints.as_bytes(found) == checkpoints.as_bytes(wanted | {"m.bias": weight[0].clone()})
+
+
+@pytest.mark.parametrize("shards", [2, 3, 7])
+@pytest.mark.parametrize("scheme", ["NVFP4A16", "W4A16_ASYM", "FP8_BLOCK"])
+def test_sharding_does_not_change_a_byte(tmp_path: Path, scheme: str, shards: int) -> None:
+    tensors = checkpoints.llama()
+    whole, parts = (checkpoints.as_bytes(result_of(tmp_path, tensors, uniform(scheme), n)) for n in (1, shards))
+    assert parts == whole
+
+
+@given(
+    st.integers(1, 9), st.sampled_from(["FP8_DYNAMIC", "FP8_BLOCK", "W3A16", "NVFP4A16", "MXFP4"]), st.integers(1, 300)
+)
+@settings(max_examples=25)
+def test_row_blocks_do_not_change_a_byte(
+    tmp_path_factory: pytest.TempPathFactory, kib: int, scheme: str, rows: int
+) -> None:
+    tensors = {"m.o_proj.weight": checkpoints.gaussian(rows, rows, 128)}
+    one = checkpoints.as_bytes(result_of(tmp_path_factory.mktemp("one"), tensors, uniform(scheme)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout, "BLOCK_BYTES", kib << 10)
+        patch.setattr("shardmill.kernels.shard.BLOCK_BYTES", kib << 10)
+        many = checkpoints.as_bytes(result_of(tmp_path_factory.mktemp("many"), tensors, uniform(scheme)))
+    assert many == one
+
+
+def test_workers_do_not_change_a_byte(tmp_path: Path) -> None:
+    source = checkpoints.write(tmp_path / "src", checkpoints.deal(checkpoints.llama(), 5))
+    convert(source, tmp_path / "a" / "dst", uniform("NVFP4A16"))
+    convert(source, tmp_path / "b" / "dst", uniform("NVFP4A16"), RunOptions(device="cpu", workers=4))
+    for path in (tmp_path / "a" / "dst").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / "dst" / path.name).read_bytes()
+
+
+def test_members_of_a_fused_set_share_one_global_scale_across_shards(tmp_path: Path) -> None:
+    tensors = checkpoints.llama(layers=1)
+    tensors["model.layers.0.self_attn.k_proj.weight"] *= 7
+    found = result_of(tmp_path, tensors, uniform("NVFP4A16"), 7)
+    prefix = "model.layers.0.self_attn"
+    weights = [tensors[f"{prefix}.{leaf}_proj.weight"] for leaf in "qkv"]
+    amax = max(w.float().abs().amax().item() for w in weights)
+    for leaf, weight in zip("qkv", weights, strict=True):
+        wanted = expected(PRESETS["NVFP4A16"], weight, set_amax=amax)
+        mine = {name: found[f"{prefix}.{leaf}_proj.{name}"] for name in wanted}
+        assert checkpoints.as_bytes(mine) == checkpoints.as_bytes(wanted)
+
+
+EXPERTS, WIDTH, HIDDEN = 3, 96, 64
+
+
+def stacks(layout_name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A fused stack, and the true experts in it."""
+    true = {
+        f"model.layers.0.mlp.experts.{e}.{half}.weight": checkpoints.gaussian(9 * e + n, *shape)
+        for e in range(EXPERTS)
+        for n, (half, shape) in enumerate(
+            {"gate_proj": (WIDTH, HIDDEN), "up_proj": (WIDTH, HIDDEN), "down_proj": (HIDDEN, WIDTH)}.items()
+        )
+    }
+
+    def stack(halves: list[str]) -> Tensor:
+        experts = []
+        for e in range(EXPERTS):
+            parts = [true[f"model.layers.0.mlp.experts.{e}.{half}.weight"] for half in halves]
+            joined = torch.stack(parts, 1).flatten(0, 1) if layout_name == "interleaved" else torch.cat(parts)
+            experts.append(joined if layout_name == "rows" else joined.T)
+        return torch.stack(experts)
+
+    prefix = "model.layers.0.mlp.experts"
+    return {
+        f"{prefix}.gate_up_proj": stack(["gate_proj", "up_proj"]),
+        f"{prefix}.down_proj": stack(["down_proj"]),
+    }, true
+
+
+@pytest.mark.parametrize(
+    ("layout_name", "model"), [("rows", "qwen3_moe"), ("columns", "llama4"), ("interleaved", "gpt_oss")]
+)
+@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "MXFP4", "NVFP4A16"])
+def test_experts_of_every_layout_are_the_true_experts(
+    tmp_path: Path, layout_name: str, model: str, scheme: str
+) -> None:
+    stacked, true = stacks(layout_name)
+    config = {"model_type": model, "hidden_size": HIDDEN, "moe_intermediate_size": WIDTH}
+    source = checkpoints.write(tmp_path / "src", [stacked], config)
+    convert(source, tmp_path / "dst", uniform(scheme))
+    wanted: dict[str, Tensor] = {}
+    for name, weight in true.items():
+        module = name.removesuffix(".weight")
+        pair = [true[f"{module.rpartition('.')[0]}.{half}.weight"] for half in ("gate_proj", "up_proj")]
+        members = [weight] if "down" in name else pair
+        amax = max(w.float().abs().amax().item() for w in members)
+        wanted |= {f"{module}.{k}": v for k, v in expected(PRESETS[scheme], weight, set_amax=amax).items()}
+    assert checkpoints.as_bytes(checkpoints.read(tmp_path / "dst")) == checkpoints.as_bytes(wanted)
+
+
+def test_biases_go_with_their_experts(tmp_path: Path) -> None:
+    stacked, _ = stacks("interleaved")
+    bias = checkpoints.gaussian(5, EXPERTS, 2 * WIDTH)
+    stacked["model.layers.0.mlp.experts.gate_up_proj_bias"] = bias
+    config = {"model_type": "gpt_oss", "hidden_size": HIDDEN, "moe_intermediate_size": WIDTH}
+    convert(checkpoints.write(tmp_path / "src", [stacked], config), tmp_path / "dst", uniform("MXFP4"))
+    found = checkpoints.read(tmp_path / "dst")
+    for e in range(EXPERTS):
+        prefix = f"model.layers.0.mlp.experts.{e}"
+        assert torch.equal(found[f"{prefix}.gate_proj.bias"], bias[e][0::2])
+        assert torch.equal(found[f"{prefix}.up_proj.bias"], bias[e][1::2])
+
+
+def test_what_is_not_quantized_is_byte_identical(tmp_path: Path) -> None:
+    extra = {
+        "x.scalar": torch.tensor(3, dtype=torch.int64),
+        "x.empty": torch.empty(0, 4),
+        "x.codes": torch.arange(7, dtype=torch.uint8),
+        "x.mask": torch.tensor([[float("-inf"), 0.0, float("nan")]]),
+        "x.conv.weight": torch.randn(4, 3, 2, 2, 2),
+        "x.complex": torch.randn(3, dtype=torch.complex64),
+        "x.e8m0": torch.arange(5, dtype=torch.uint8).view(torch.float8_e8m0fnu),
+    }
+    found = checkpoints.as_bytes(result_of(tmp_path, checkpoints.llama() | extra, uniform("FP8_DYNAMIC"), 3))
+    same = {
+        k: v for k, v in checkpoints.as_bytes(checkpoints.llama() | extra).items() if "layers" not in k or "norm" in k
+    }
+    assert {name: found[name] for name in same} == same
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "FP8_BLOCK", "W8A8", "W4A16_ASYM", "NVFP4A16", "MXFP4", "MXFP8"])
+def test_a_non_finite_weight_is_refused_and_nothing_is_published(tmp_path: Path, scheme: str, value: float) -> None:
+    tensors = checkpoints.llama()
+    tensors["model.layers.1.mlp.down_proj.weight"][70, 33] = value
+    source = checkpoints.write(tmp_path / "src", checkpoints.deal(tensors, 4))
+    with pytest.raises(ShardFailures) as caught:
+        convert(source, tmp_path / "dst", uniform(scheme))
+    assert caught.value.is_refusal
+    assert "model.layers.1.mlp.down_proj.weight" in str(caught.value)
+    assert "[70, 33]" in str(caught.value)
+    assert caught.value.done == 3
+    assert not (tmp_path / "dst").exists()
+    assert not list(tmp_path.glob("dst.partial*"))
+
+
+def test_a_float64_value_beyond_float32_is_refused_too(tmp_path: Path) -> None:
+    weight = torch.full((32, 32), 0.5, dtype=torch.float64)
+    weight[3, 4] = 1e300
+    source = checkpoints.write(tmp_path / "src", [{"m.q.weight": weight}])
+    with pytest.raises(ShardFailures) as caught:
+        convert(source, tmp_path / "dst", uniform("FP8_DYNAMIC"))
+    assert isinstance(caught.value.failures[0][1], NonFiniteWeight)
+
+
+def test_a_second_run_computes_nothing_and_reads_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shardmill.storage.store._FRESH_NS", 0)
+    source = checkpoints.write(tmp_path / "src", checkpoints.deal(checkpoints.llama(), 4))
+    first = convert(source, tmp_path / "dst", uniform("FP8_DYNAMIC"))
+    assert [outcome.is_hit for outcome in first.outcomes] == [False] * 4
+    second = convert(source, tmp_path / "dst", uniform("FP8_DYNAMIC"))
+    third = convert(source, tmp_path / "copy", uniform("FP8_DYNAMIC"))
+    for again in (second, third):
+        assert [(outcome.is_hit, outcome.bytes_read) for outcome in again.outcomes] == [(True, 0)] * 4
+    assert third.manifest == first.manifest
+
+
+def test_ignoring_one_tensor_redoes_exactly_its_shard(tmp_path: Path) -> None:
+    source = checkpoints.write(tmp_path / "src", checkpoints.deal(checkpoints.llama(), 6))
+    convert(source, tmp_path / "a", uniform("FP8_DYNAMIC"))
+    again = convert(source, tmp_path / "b", uniform("FP8_DYNAMIC", "model.layers.1.mlp.down_proj"))
+    redone = [outcome.shard for outcome in again.outcomes if not outcome.is_hit]
+    holder = next(s.name for s in again.plan.shards for t in s.tensors if "layers.1.mlp.down_proj" in t.spec.name)
+    assert redone == [holder]
+
+
+def test_a_destination_with_another_plans_result_is_refused_before_work(tmp_path: Path) -> None:
+    source = checkpoints.write(tmp_path / "src", [checkpoints.llama()])
+    convert(source, tmp_path / "dst", uniform("FP8_DYNAMIC"))
+    with pytest.raises(Refused, match="another plan"):
+        convert(source, tmp_path / "dst", uniform("W8A8"))
+    assert len(list((tmp_path / ".shardmill" / "blobs").iterdir())) == 1
+
+
+def test_a_finished_destination_is_known_without_its_store(tmp_path: Path) -> None:
+    source = checkpoints.write(tmp_path / "src", [checkpoints.llama()])
+    first = convert(source, tmp_path / "dst", uniform("FP8_DYNAMIC"))
+    (tmp_path / ".shardmill").rename(tmp_path / "elsewhere")
+    again = convert(source, tmp_path / "dst", uniform("FP8_DYNAMIC"))
+    assert again.manifest == first.manifest
+    assert again.outcomes == ()
+
+
+def one_shard(tmp_path: Path) -> tuple[Locations, Controls]:
+    checkpoints.write(tmp_path / "src", [checkpoints.llama()])
+    return Locations(source=str(tmp_path / "src"), destination=str(tmp_path / "dst")), Controls(DevicePool(("cpu",)))
+
+
+def test_a_source_that_was_replaced_after_planning_is_refused(tmp_path: Path) -> None:
+    locations, controls = one_shard(tmp_path)
+    source = locations.open_source()
+    plan = make_plan(source, uniform("FP8_DYNAMIC"))
+    checkpoints.write(tmp_path / "src", [checkpoints.llama(layers=1)])
+    store = locations.open_store()
+    store.prepare()
+    with pytest.raises(SourceChanged):
+        quantize_shard(plan.shards[0], source, store, controls)
+    assert list(store.entries()) == []
+
+
+def test_a_source_that_changes_while_it_is_read_leaves_no_blob(tmp_path: Path) -> None:
+    locations, _ = one_shard(tmp_path)
+    path = tmp_path / "src" / "model.safetensors"
+
+    def touch(_count: int) -> None:
+        os.utime(path, ns=(1, 1))
+
+    source = locations.open_source()
+    plan = make_plan(source, uniform("FP8_DYNAMIC"))
+    store = locations.open_store()
+    store.prepare()
+    with pytest.raises(SourceChanged, match="changed while"):
+        quantize_shard(plan.shards[0], source, store, Controls(DevicePool(("cpu",)), on_bytes=touch))
+    assert [path.name for part in ("blobs", "receipts") for path in (store.root / part).iterdir()] == []
+
+
+def test_stopping_keeps_finished_shards_and_leaves_no_temporary_file(tmp_path: Path) -> None:
+    source = checkpoints.write(tmp_path / "src", checkpoints.deal(checkpoints.llama(), 6))
+    stop = threading.Event()
+    watcher = Watcher(on_shard=lambda _outcome: stop.set())
+    with pytest.raises(Interrupted):
+        run(
+            Locations(source=str(source), destination=str(tmp_path / "dst")),
+            uniform("W8A8"),
+            CPU,
+            watcher=watcher,
+            stop=stop,
+        )
+    store = tmp_path / ".shardmill"
+    assert len(list((store / "receipts").iterdir())) >= 1
+    assert not list(store.rglob("*.tmp"))
+    again = convert(source, tmp_path / "dst", uniform("W8A8"))
+    assert any(outcome.is_hit for outcome in again.outcomes)
+
+
+def test_a_mixed_recipe_is_written_as_it_was_asked_for(tmp_path: Path) -> None:
+    recipe = parse_recipe(
+        {
+            "groups": [
+                {"scheme": "FP8_DYNAMIC", "targets": "re:.*self_attn"},
+                {"scheme": "W4A16", "group_size": 32, "targets": "re:.*down_proj"},
+                {"scheme": "NVFP4A16"},
+            ]
+        }
+    )
+    found = result_of(tmp_path, checkpoints.llama(layers=1), recipe, 3)
+    params: dict[str, set[str]] = {}
+    for name in found:
+        module, _, param = name.removeprefix("model.layers.0.").rpartition(".")
+        params.setdefault(module, set()).add(param)
+    assert params["self_attn.q_proj"] == {"weight", "weight_scale"}
+    assert params["mlp.down_proj"] == {"weight_packed", "weight_scale", "weight_shape"}
+    assert params["mlp.up_proj"] == {"weight_packed", "weight_scale", "weight_global_scale"}
