@@ -248,6 +248,21 @@ def test_a_source_that_was_replaced_after_planning_is_refused(tmp_path: Path) ->
     assert list(store.entries()) == []
 
 
+def test_a_partner_that_was_replaced_after_planning_is_refused(tmp_path: Path) -> None:
+    weights = {f"m.self_attn.{leaf}_proj.weight": checkpoints.gaussian(n, 32, 32) for n, leaf in enumerate("qk")}
+    locations = Locations(source=str(tmp_path / "src"), destination=str(tmp_path / "dst"))
+    checkpoints.write(tmp_path / "src", checkpoints.deal(weights, 2))
+    source = locations.open_source()
+    plan = make_plan(source, uniform("NVFP4A16"))
+    longer = {"m.self_attn.k_proj.weight": checkpoints.gaussian(9, 64, 32)}
+    checkpoints.write(tmp_path / "src", [checkpoints.deal(weights, 2)[0], longer])
+    store = locations.open_store()
+    store.prepare()
+    with pytest.raises(SourceChanged, match="partner"):
+        quantize_shard(plan.shards[0], source, store, Controls(DevicePool(("cpu",))))
+    assert list(store.entries()) == []
+
+
 def test_a_source_that_changes_while_it_is_read_leaves_no_blob(tmp_path: Path) -> None:
     locations, _ = one_shard(tmp_path)
     path = tmp_path / "src" / "model.safetensors"

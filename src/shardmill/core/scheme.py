@@ -138,15 +138,19 @@ class Scheme:
 
     @property
     def format(self) -> str:
-        """On-disk layout, chosen as compressed-tensors chooses it for a Linear."""
+        """On-disk layout, chosen as compressed-tensors chooses it for a Linear, with one exception.
+
+        Integer weights with float activations are packed, since engines load them only so.
+        """
         args = self.weights
         if args.type == "float" and args.num_bits == 4:
             return "nvfp4-pack-quantized" if args.has_global_scale else "mxfp4-pack-quantized"
         if args.is_mx:
             return "mxfp8-quantized"
-        if self.input_activations is not None:
-            return "int-quantized" if args.type == "int" else "float-quantized"
-        return "pack-quantized" if args.type == "int" else "naive-quantized"
+        if args.type == "float":
+            return "float-quantized" if self.input_activations is not None else "naive-quantized"
+        unpacked = self.input_activations is not None and self.input_activations.type == "int"
+        return "int-quantized" if unpacked else "pack-quantized"
 
     @property
     def label(self) -> str:

@@ -132,8 +132,9 @@ def _identify(
         hashed += identity.size if was_read else 0
     for problem in check_unchanged(shard, source):
         raise SourceChanged(str(problem))
-    if FileIdentity.of(source.path(shard.name), source.path(shard.name).stat()) != identities[shard.name]:
-        raise SourceChanged(f"{show(shard.name)} changed after its digest was taken; run again")
+    for name, identity in identities.items():
+        if FileIdentity.of(source.path(name), source.path(name).stat()) != identity:
+            raise SourceChanged(f"{show(name)} changed after its digest was taken; run again")
     return identities, digests, hashed
 
 

@@ -39,12 +39,28 @@ def check_unchanged(shard: ShardPlan, source: SourceFolder) -> list[Problem]:
     except CheckpointInvalid as error:
         return list(error.problems)
     if found.size == shard.size and found.header.tensors == tuple(tensor.spec for tensor in shard.tensors):
-        return []
+        return _check_partners(shard, source)
     return [
         Problem(
             file=shard.name, kind="source-changed", message="its header is not the planned one", way_out="run again"
         )
     ]
+
+
+def _check_partners(shard: ShardPlan, source: SourceFolder) -> list[Problem]:
+    """Problems of fused partners in other shards that are no longer where they were planned."""
+    problems: list[Problem] = []
+    for name in shard.sources[1:]:
+        header = source.read_header(name).header
+        refs = {ref for tensor in shard.tensors for ref in tensor.fused if ref.shard == name}
+        moved = sorted(
+            ref.spec.name for ref in refs if ref.data_start != header.data_start or ref.spec not in header.tensors
+        )
+        message = "a fused partner is no longer where it was planned"
+        problems += [
+            Problem(file=name, tensor=t, kind="source-changed", message=message, way_out="run again") for t in moved
+        ]
+    return problems
 
 
 def validate_plan(plan: Plan) -> list[Problem]:
