@@ -51,6 +51,7 @@ def test_a_recipe_survives_json(scheme: str, ignore: list[str], default_ignores:
         ({"scheme": {"weights": {"num_bits": 8, "type": "float", "symmetric": False}}}, "symmetric"),
         ({"scheme": {"weights": {"num_bits": 8, "block_structure": [0, 4]}}}, "positive"),
         ({"scheme": {"weights": {"num_bits": 8, "block_structure": "axb"}}}, "rows, cols"),
+        ({"scheme": {"weights": {"num_bits": 8, "block_structure": [32, 64.5]}}}, "rows, cols"),
         ({"scheme": {"weights": {"num_bits": 8, "surprise": 1}}}, "surprise"),
         ({"scheme": {"weights": None}}, "needs `weights`"),
         ({"scheme": {"weights": {}, "input_activations": {"dynamic": False}}}, "calibration data"),
@@ -62,6 +63,20 @@ def test_what_cannot_be_is_refused_in_words(data: Any, says: str) -> None:
         parse_recipe(data)
     assert says in str(caught.value)
     assert len(str(caught.value).splitlines()[0]) <= 300
+
+
+def test_a_group_pasted_from_a_written_config_is_read() -> None:
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "strategy": "group",
+        "group_size": 64,
+        "symmetric": True,
+        "block_structure": None,
+    }
+    activations = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True, "block_structure": None}
+    scheme = {"weights": weights, "input_activations": activations, "output_activations": None, "preset": ["x"]}
+    assert parse_recipe({"scheme": scheme}).groups[0].scheme.format == "pack-quantized"
 
 
 def test_a_group_size_that_changes_nothing_keeps_the_preset() -> None:

@@ -249,7 +249,9 @@ def _dtype_name(value: Any) -> str | None:
 
 
 def _known(data: Mapping[str, Any], fields: tuple[str, ...], subject: str) -> dict[str, Any]:
-    unknown = sorted(set(data) - set(fields) - _IGNORED_ARGS)
+    unknown = sorted(
+        str(key) for key, value in data.items() if value is not None and key not in {*fields, *_IGNORED_ARGS}
+    )
     if unknown:
         raise _invalid(f"{subject} has unknown fields: {', '.join(map(show, unknown))}", f"known: {', '.join(fields)}")
     return {field: data[field] for field in fields if data.get(field) is not None}
@@ -306,12 +308,10 @@ def parse_weight_args(data: Mapping[str, Any]) -> WeightArgs:
 
 
 def _block_structure(value: Any) -> tuple[int, int]:
-    parts = value.split("x") if isinstance(value, str) else value
-    try:
-        rows, cols = (int(part) for part in parts)
-    except (TypeError, ValueError) as error:
-        raise _invalid(f"block_structure must be [rows, cols], found {value!r}") from error
-    return rows, cols
+    parts = [int(p) if p.isdigit() else p for p in value.split("x")] if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple) or len(parts) != 2 or not all(type(part) is int for part in parts):
+        raise _invalid(f"block_structure must be [rows, cols], found {value!r}")
+    return parts[0], parts[1]
 
 
 def parse_activation_args(data: Mapping[str, Any] | None) -> ActivationArgs | None:

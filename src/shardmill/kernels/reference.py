@@ -92,8 +92,9 @@ def to_bytes(tensor: Tensor) -> memoryview:
     >>> to_bytes(torch.tensor([1.0], dtype=torch.bfloat16)).hex()
     '803f'
     """
-    octets = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return octets.numpy().data
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    # torch calls a single element contiguous whatever its stride, and then refuses to view it as bytes
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy().data
 
 
 def measure(rows: Tensor) -> Extent:
@@ -336,7 +337,7 @@ class Encoded:
 def _tile_size(args: WeightArgs, shape: tuple[int, int]) -> tuple[int, int]:
     if args.block_structure is not None:
         return args.block_structure
-    if args.group_size is not None and args.strategy != "channel":
+    if args.group_size is not None and args.group_size > 0:
         return 1, args.group_size
     return (shape[0] if args.strategy == "tensor" else 1), shape[1]
 
