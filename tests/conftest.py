@@ -48,17 +48,18 @@ def update_goldens(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture(scope="session")
 def reference_python() -> Path:
     """The interpreter of the reference system, for tests marked `oracle`."""
-    return _interpreter(".venv-reference")
+    return _interpreter("reference")
 
 
 @pytest.fixture(scope="session")
 def seed_python() -> Path:
     """The interpreter of the older reference system, for tests marked `seed`."""
-    return _interpreter(".venv-seed")
+    return _interpreter("seed")
 
 
-def _interpreter(environment: str) -> Path:
-    python = ROOT / environment / "bin" / "python"
+def _interpreter(system: str) -> Path:
+    given = os.environ.get(f"SHARDMILL_{system.upper()}_PYTHON")
+    python = Path(given) if given else ROOT / f".venv-{system}" / "bin" / "python"
     if not python.exists():
-        pytest.fail(f"{python} does not exist; run `make {environment}/stamp`")
+        pytest.fail(f"{python} does not exist; run `make .venv-{system}/stamp`")
     return python
