@@ -1,0 +1,165 @@
+"""The main flow: plan, validate, quantize, finalize. Order and fan-out only; the stages do the work.
+
+It gives the same bytes as the plain loop in `shardmill.stages.pipeline`. Every future is resolved, and a failed shard
+fails the flow after all others are finished and kept in the store.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+
+from prefect import flow, get_run_logger
+from prefect.runtime import flow_run
+
+from shardmill.core.checks import source_names
+from shardmill.core.outcome import ShardOutcome
+from shardmill.core.plan import Plan
+from shardmill.core.recipe import Recipe
+from shardmill.core.summary import human_bytes, summarize
+from shardmill.errors import Interrupted, Problem, Refused, ShardFailures
+from shardmill.flows import artifacts
+from shardmill.flows.parameters import QuantizeRequest
+from shardmill.orchestration import (
+    Job,
+    Threads,
+    Workbench,
+    bytes_to_digest,
+    is_in_store,
+    library_logs,
+    uninspected,
+    workbench,
+)
+from shardmill.stages.pipeline import cores
+from shardmill.stages.validate import refuse_problems
+from shardmill.storage.publish import is_free
+from shardmill.tasks.finalize import finalize_checkpoint, find_published
+from shardmill.tasks.plan import plan_checkpoint
+from shardmill.tasks.quantize import confirm_shard, quantize_shard
+from shardmill.tasks.validate import CHUNK, validate_locations, validate_shards
+
+PROBLEMS_RAISED = 10
+"""Problems that a refusal repeats; the artifact `failures` has all of them."""
+WARNINGS_LOGGED = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlowSummary:
+    """What a finished flow run returns; sizes in bytes."""
+
+    destination: str
+    shards: int
+    hits: int
+    """Shards that were not computed."""
+    bytes_read: int
+    """Source tensor bytes that were read, for digests and for values."""
+    source_bytes: int
+    output_bytes: int
+    bits_per_weight: float
+    seconds: float
+
+
+@flow(
+    name="quantize-checkpoint",
+    flow_run_name="quantize-{request.label}",
+    validate_parameters=True,
+    persist_result=False,  # a finished run can be retried from the UI, and looks at everything again
+    retries=0,
+)
+def quantize_checkpoint(request: QuantizeRequest) -> FlowSummary:
+    """Quantize a checkpoint without a model definition, shard by shard; finished shards are never done again.
+
+    Args:
+        request: What is quantized, how, and where.
+    """
+    started = time.monotonic()
+    job = request.to_job(flow_run.id or "")
+    with library_logs(), workbench(job) as bench, _refusals_shown():
+        plan = _checked_plan(request.to_recipe(), job)
+        bench.store.prepare()
+        if is_free(job.locations.destination_path):
+            outcomes = _quantize(plan, job, bench)
+            manifest = finalize_checkpoint(uninspected(plan), uninspected(outcomes), job)
+            hits, bytes_read = sum(o.is_hit for o in outcomes), sum(o.bytes_read for o in outcomes)
+        else:
+            bytes_read = bytes_to_digest(plan.shards, bench.source, bench.store)
+            manifest = find_published(uninspected(plan), job)
+            hits = _confirm(plan)
+        summary = summarize(manifest)
+        result = FlowSummary(
+            destination=str(job.locations.destination_path),
+            shards=len(plan.shards),
+            hits=hits,
+            bytes_read=bytes_read,
+            source_bytes=summary.totals.source_bytes,
+            output_bytes=summary.totals.output_bytes,
+            bits_per_weight=round(summary.bits_per_weight, 3),
+            seconds=round(time.monotonic() - started, 1),
+        )
+        artifacts.show_report(summary, asdict(result))
+        get_run_logger().info(
+            "%s of %s shards were done before, %s read", hits, len(plan.shards), human_bytes(bytes_read)
+        )
+        return result
+
+
+@contextmanager
+def _refusals_shown() -> Iterator[None]:
+    """Show every problem of a refusal as an artifact, and fail with a few of them."""
+    try:
+        yield
+    except Refused as error:
+        artifacts.show_problems(error.problems)
+        rest = len(error.problems) - PROBLEMS_RAISED
+        if rest <= 0:
+            raise
+        more = Problem(kind="more", message=f"{rest} more problems than these; the artifact `failures` lists all")
+        raise type(error)([*error.problems[:PROBLEMS_RAISED], more]) from None
+
+
+def _checked_plan(recipe: Recipe, job: Job) -> Plan:
+    """Plan and validate; every problem is found before the first tensor is read."""
+    plan = plan_checkpoint(uninspected(recipe), job)
+    taken = source_names(plan)
+    problems = [*plan.problems, *validate_locations(uninspected(plan), job)]
+    for first in range(0, len(plan.shards), CHUNK):
+        shards = plan.shards[first : first + CHUNK]
+        problems += validate_shards(uninspected(shards), uninspected(taken), first + 1, first + len(shards))
+    refuse_problems(problems)
+    for warning in plan.warnings[:WARNINGS_LOGGED]:
+        get_run_logger().warning("%s", warning)
+    return plan
+
+
+def _quantize(plan: Plan, job: Job, bench: Workbench) -> tuple[ShardOutcome, ...]:
+    """Quantize every shard; one that fails is told at the end and stops no other."""
+    stored = {shard.name: is_in_store(shard, bench.source, bench.store) for shard in plan.shards}
+    artifacts.show_plan(plan, stored)
+    progress = artifacts.Progress(plan.source_bytes)
+    found: dict[str, ShardOutcome] = {}
+    failures: list[tuple[str, BaseException]] = []
+    workers = job.options.workers or cores() if all(stored.values()) else len(bench.controls().devices.devices)
+    with closing(Threads(workers, bench.stop).map_shards(quantize_shard, plan.shards, job=job)) as results:
+        for shard, result in results:
+            if isinstance(result, ShardOutcome):
+                found[shard.name] = result
+            elif not isinstance(result, Interrupted):
+                failures.append((shard.name, result))
+            progress.advance(shard.size)
+    if bench.stop.is_set():
+        raise Interrupted(
+            f"stopped on request; {len(found)} of {len(plan.shards)} shards are finished, run again to go on"
+        )
+    if failures:
+        artifacts.show_failures(failures)
+        raise ShardFailures(failures, len(found))
+    return tuple(found[shard.name] for shard in plan.shards)
+
+
+def _confirm(plan: Plan) -> int:
+    """Show every shard of a finished destination as one that was not computed."""
+    for shard in plan.shards:
+        confirm_shard(uninspected(shard))
+    return len(plan.shards)

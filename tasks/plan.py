@@ -1,0 +1,17 @@
+"""The task around stage 1."""
+
+from __future__ import annotations
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from shardmill.core.plan import Plan
+from shardmill.core.recipe import Recipe
+from shardmill.orchestration import Job, bench_of
+from shardmill.stages.plan import make_plan
+
+
+@task(name="plan", task_run_name="plan", cache_policy=NO_CACHE, persist_result=False, cache_result_in_memory=False)
+def plan_checkpoint(recipe: Recipe, job: Job) -> Plan:
+    """Read listing, index, config and headers; decide about every tensor. Cheap, and so never cached."""
+    return make_plan(bench_of(job).source, recipe)

@@ -1,0 +1,249 @@
+"""The flow against the plain loop, and what is done again after something went wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from prefect.client.orchestration import get_client
+from prefect.task_runners import ThreadPoolTaskRunner
+from torch import Tensor
+
+import checkpoints
+from served import Ask, artifacts, run_id, states
+from shardmill.core.recipe import uniform
+from shardmill.errors import DestinationInvalid, NonFiniteWeight, Refused, ShardFailures
+from shardmill.flows.quantize_checkpoint import FlowSummary, quantize_checkpoint
+from shardmill.stages.pipeline import RunOptions, run
+from shardmill.stages.plan import Locations
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "NVFP4A16"])
+def test_flow_and_plain_loop_write_equal_bytes(source: Path, tmp_path: Path, ask: Ask, scheme: str) -> None:
+    locations = Locations(source=str(source), destination=str(tmp_path / "loop" / "result"))
+    run(locations, uniform(scheme), RunOptions(device="cpu", workers=1))
+
+    summary = quantize_checkpoint(ask(scheme=scheme))
+
+    assert files(tmp_path / "result") == files(tmp_path / "loop" / "result")
+    assert (summary.shards, summary.hits) == (4, 0)
+    assert summary.output_bytes == sum(p.stat().st_size for p in (tmp_path / "result").glob("*.safetensors"))
+
+
+def test_a_second_run_into_the_same_destination_reads_no_tensor(ask: Ask, computed: list[str]) -> None:
+    quantize_checkpoint(ask())
+    computed.clear()
+
+    state = quantize_checkpoint(ask(), return_state=True)
+
+    summary: FlowSummary = state.result()
+    assert (summary.hits, summary.bytes_read, computed) == (4, 0, [])
+    assert set(states(run_id(state), 4).values()) == {"Cached"}
+
+
+def test_a_second_run_into_another_destination_reads_no_tensor(ask: Ask, tmp_path: Path, computed: list[str]) -> None:
+    quantize_checkpoint(ask())
+    computed.clear()
+
+    state = quantize_checkpoint(ask(destination=str(tmp_path / "other")), return_state=True)
+
+    summary: FlowSummary = state.result()
+    assert (summary.hits, summary.bytes_read, computed) == (4, 0, [])
+    assert set(states(run_id(state), 4).values()) == {"Cached"}
+    assert files(tmp_path / "other") == files(tmp_path / "result")
+
+
+def poison(path: Path) -> bytes:
+    """Make the first value of a shard NaN; returns what was there."""
+    whole = path.read_bytes()
+    data = 8 + int.from_bytes(whole[:8], "little")
+    path.write_bytes(whole[:data] + b"\xff\x7f" + whole[data + 2 :])
+    return whole
+
+
+def twelve_shards(root: Path) -> Path:
+    weights: list[dict[str, Tensor]] = [
+        {f"model.layers.{n}.mlp.down_proj.weight": checkpoints.gaussian(n, 64, 128)} for n in range(12)
+    ]
+    return checkpoints.write(root, weights)
+
+
+def test_one_bad_shard_of_twelve_fails_the_run_and_only_it_is_done_again(
+    tmp_path: Path, ask: Ask, computed: list[str]
+) -> None:
+    source = twelve_shards(tmp_path / "twelve")
+    bad = source / "model-00005-of-00012.safetensors"
+    healthy = poison(bad)
+
+    failed = quantize_checkpoint(ask(source=str(source)), return_state=True)
+
+    error = failed.result(raise_on_failure=False)
+    assert failed.is_failed()
+    assert isinstance(error, ShardFailures)
+    assert error.done == 11
+    assert [(name, type(cause)) for name, cause in error.failures] == [(bad.name, NonFiniteWeight)]
+    assert Counter(states(run_id(failed), 12).values()) == {"Completed": 11, "Failed": 1}
+    assert json.loads(artifacts(run_id(failed))["failures"])[0]["file"] == bad.name
+    assert len(computed) == 12
+    assert not (tmp_path / "result").exists()
+
+    bad.write_bytes(healthy)
+    computed.clear()
+    mended = quantize_checkpoint(ask(source=str(source)), return_state=True)
+
+    assert mended.is_completed()
+    assert computed == [bad.name]
+    assert Counter(states(run_id(mended), 12).values()) == {"Cached": 11, "Completed": 1}
+    assert mended.result().hits == 11
+
+
+def test_another_machine_finds_everything_in_the_store(
+    ask: Ask, tmp_path: Path, records: Path, computed: list[str]
+) -> None:
+    quantize_checkpoint(ask())
+    shutil.rmtree(records)
+    computed.clear()
+
+    state = quantize_checkpoint(ask(destination=str(tmp_path / "other")), return_state=True)
+
+    assert (state.result().hits, computed) == (4, [])
+    assert set(states(run_id(state), 4).values()) == {"Cached"}
+
+
+def test_a_damaged_blob_is_done_again_and_no_other(ask: Ask, tmp_path: Path, computed: list[str]) -> None:
+    for destination in ("a", "b"):  # the second run leaves records under the job keys
+        quantize_checkpoint(ask(destination=str(tmp_path / destination)))
+    shutil.rmtree(tmp_path / "a")
+    wanted = files(tmp_path / "b")
+    names = sorted(name for name in wanted if name.endswith(".safetensors"))
+    blobs = {path.read_bytes(): path for path in (tmp_path / ".shardmill" / "blobs").iterdir()}
+    for name, damage in zip(names, ("delete", "shorten", "change"), strict=False):
+        whole = wanted[name]
+        blobs[whole].unlink()  # the published file is a link to it
+        if damage != "delete":
+            blobs[whole].write_bytes(whole[:-1] if damage == "shorten" else whole[:-1] + bytes([whole[-1] ^ 1]))
+    computed.clear()
+
+    summary = quantize_checkpoint(ask(destination=str(tmp_path / "c")))
+
+    assert sorted(computed) == names[:3]
+    assert summary.hits == 1
+    assert files(tmp_path / "c") == wanted
+
+
+def test_a_destination_with_another_result_is_refused_before_a_shard_is_begun(ask: Ask, computed: list[str]) -> None:
+    quantize_checkpoint(ask())
+    computed.clear()
+
+    state = quantize_checkpoint(ask(scheme="W8A8"), return_state=True)
+
+    error = state.result(raise_on_failure=False)
+    assert isinstance(error, DestinationInvalid)
+    assert [problem.kind for problem in error.problems] == ["destination-in-use"]
+    assert computed == []
+
+
+def test_every_problem_is_told_before_a_shard_is_begun(tmp_path: Path, ask: Ask, computed: list[str]) -> None:
+    tensors = {f"model.layers.{n}.mlp.down_proj.weight": checkpoints.gaussian(n, 64, 100) for n in range(14)}
+    source = checkpoints.write(tmp_path / "odd", checkpoints.deal(tensors, 2))
+
+    state = quantize_checkpoint(ask(source=str(source), scheme="W4A16"), return_state=True)
+
+    error = state.result(raise_on_failure=False)
+    assert isinstance(error, Refused)
+    assert len(error.problems) == 11
+    assert "4 more problems" in str(error)
+    rows = json.loads(artifacts(run_id(state))["failures"])
+    assert [row["kind"] for row in rows] == ["group-indivisible"] * 14
+    assert all("ignore" in row["way out"] for row in rows)
+    assert states(run_id(state), 0) == {}
+    assert computed == []
+    assert not (tmp_path / ".shardmill").exists()
+
+
+def test_a_missing_source_is_one_problem(ask: Ask, tmp_path: Path) -> None:
+    state = quantize_checkpoint(ask(source=str(tmp_path / "nowhere")), return_state=True)
+
+    error = state.result(raise_on_failure=False)
+    assert isinstance(error, Refused)
+    assert [problem.kind for problem in error.problems] == ["source-missing"]
+
+
+def test_no_failure_is_silent_whatever_a_task_returns(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A result that is no outcome, a crash and a refusal each fail the run; none counts as done."""
+
+    def misbehave(shard: Any, *_: object) -> Any:
+        match int(shard.number):
+            case 0:
+                return None
+            case 1:
+                raise MemoryError("no memory")
+            case 2:
+                raise OSError(28, "no space")
+            case _:
+                return "done"
+
+    monkeypatch.setattr("shardmill.tasks.quantize.quantize.find_stored", misbehave)
+    monkeypatch.setattr("shardmill.tasks.quantize.quantize.quantize_shard", misbehave)
+    monkeypatch.setattr("shardmill.tasks.quantize.cached", lambda outcome: outcome)
+
+    state = quantize_checkpoint(ask(), return_state=True)
+
+    error = state.result(raise_on_failure=False)
+    assert state.is_failed()
+    assert isinstance(error, ShardFailures)
+    assert error.done == 0
+    assert len(error.failures) == 4
+
+
+def test_no_more_than_two_shards_per_worker_are_outstanding(
+    tmp_path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outstanding: list[int] = []
+    unfinished: set[int] = set()
+    submit = ThreadPoolTaskRunner.submit
+
+    def note(self: Any, task: Any, parameters: dict[str, Any]) -> Any:
+        future = submit(self, task, parameters)
+        unfinished.add(id(future))
+        outstanding.append(len(unfinished))
+        future.add_done_callback(lambda done: unfinished.discard(id(done)))
+        return future
+
+    monkeypatch.setattr(ThreadPoolTaskRunner, "submit", note)
+
+    quantize_checkpoint(ask(source=str(twelve_shards(tmp_path / "twelve")), workers=1))
+
+    assert len(outstanding) == 12
+    assert max(outstanding) <= 2
+
+
+def test_a_half_precision_checkpoint_in_one_file_has_no_index(tmp_path: Path, ask: Ask) -> None:
+    weight = checkpoints.gaussian(1, 64, 128, dtype=torch.float16)
+    source = checkpoints.write(tmp_path / "one", [{"model.o_proj.weight": weight}])
+
+    summary = quantize_checkpoint(ask(source=str(source)))
+
+    assert summary.shards == 1
+    assert not (tmp_path / "result" / "model.safetensors.index.json").exists()
+
+
+def test_the_run_is_named_and_shows_its_artifacts(ask: Ask) -> None:
+    state = quantize_checkpoint(ask(), return_state=True)
+
+    with get_client(sync_client=True) as client:
+        assert client.read_flow_run(run_id(state)).name == "quantize-source-FP8_DYNAMIC"
+    shown = artifacts(run_id(state))
+    assert set(shown) == {"plan", "progress", "report"}
+    assert float(shown["progress"]) == 100
+    assert [row["store"] for row in json.loads(shown["plan"])] == ["source not read yet"] * 4
+    assert "bits per weight" in shown["report"]

@@ -1,0 +1,45 @@
+"""What tests ask a Prefect server, and requests for the flow."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+from uuid import UUID
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.objects import State
+
+from shardmill.flows.parameters import QuantizeRequest
+
+Ask = Callable[..., QuantizeRequest]
+"""Makes a request; keywords override."""
+
+
+def run_id(state: State[Any]) -> UUID:
+    """The flow run that a state belongs to."""
+    found = state.state_details.flow_run_id
+    assert found is not None
+    return found
+
+
+def states(flow_run_id: UUID, count: int, task: str = "quantize") -> dict[str, str]:
+    """State name by task run name, as the server shows it once `count` runs of a task are final; it lags behind."""
+    deadline = time.monotonic() + 60
+    while True:
+        with get_client(sync_client=True) as client:
+            chosen = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
+            runs = [run for run in client.read_task_runs(flow_run_filter=chosen) if run.name.startswith(task)]
+        found = {run.name.removeprefix(f"{task} "): run.state.name or "" for run in runs if run.state}
+        if sum(bool(run.state and run.state.is_final()) for run in runs) >= count:
+            return found
+        assert time.monotonic() < deadline, f"expected {count} final task runs, found {found}"
+        time.sleep(0.1)
+
+
+def artifacts(flow_run_id: UUID) -> dict[str, str]:
+    """The artifacts of a flow run by key."""
+    with get_client(sync_client=True) as client:
+        chosen = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
+        return {artifact.key or "": str(artifact.data) for artifact in client.read_artifacts(artifact_filter=chosen)}
