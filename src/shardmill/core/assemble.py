@@ -178,7 +178,16 @@ def plan_digest(plan: Plan, keys: Mapping[str, str], file_digests: Mapping[str, 
         keys: job key by shard name.
         file_digests: digest of every other file that is copied.
     """
-    return digest_json({"keys": dict(keys), "files": dict(file_digests), "config": config_document(plan)})
+    return result_digest(keys, file_digests, config_document(plan))
+
+
+def result_digest(keys: Mapping[str, str], file_digests: Mapping[str, str], config: Mapping[str, Any]) -> str:
+    """Name a whole result by what lies there; see `plan_digest`.
+
+    Raises:
+        ValueError: the config holds a number that is not finite.
+    """
+    return digest_json({"keys": dict(keys), "files": dict(file_digests), "config": dict(config)})
 
 
 def manifest(

@@ -282,6 +282,8 @@ class _Planner:
     linear_modules: list[str] = field(default_factory=list)
     """Modules whose weight is a matrix that stays dense."""
     role_copies: set[str] = field(default_factory=set)
+    split: dict[Stack, str] = field(default_factory=dict)
+    """Tensor by the stack that its name stands for: with and without `.weight` are the same."""
 
     def decide(self, spec: TensorSpec, shard: str) -> TensorPlan:
         """Choose what happens to one tensor, and why."""
@@ -355,6 +357,15 @@ class _Planner:
                 "set expert_layout to rows, columns or interleaved, or ignore it",
             )
             return TensorPlan(spec, COPY, "layout of fused experts unknown")
+        first = self.split.setdefault(stack, spec.name)
+        if first != spec.name:
+            self._refuse(
+                shard,
+                spec,
+                "name-collision",
+                f"its experts would have the names of those of {show(first)}",
+                "ignore both",
+            )
         return TensorPlan(spec, SPLIT, reason, groups.pop() if stack.param == "weight" else -1, layout)
 
     def _refuse(self, shard: str, spec: TensorSpec, kind: str, message: str, way_out: str = "") -> None:

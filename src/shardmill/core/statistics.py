@@ -140,7 +140,8 @@ class Statistics:
         """
         largest = ("max_error", "amax")
         pairs = {field.name: (getattr(self, field.name), getattr(other, field.name)) for field in fields(self)}
-        return Statistics(**{name: _larger(*pair) if name in largest else sum(pair) for name, pair in pairs.items()})
+        merged: dict[str, Any] = {name: _larger(*p) if name in largest else sum(p) for name, p in pairs.items()}
+        return Statistics(**merged)
 
     def to_json(self) -> dict[str, int | float | None]:
         """Describe the statistics; floats keep six significant digits, and None stands for what is not finite.
@@ -161,4 +162,5 @@ class Statistics:
         >>> Statistics.from_json(Statistics(count=7, amax=0.5).to_json()) == Statistics(count=7, amax=0.5)
         True
         """
-        return cls(**{name: (_count if name in _COUNTS else _float)(data[name]) for name in cls.__dataclass_fields__})
+        numbers: dict[str, Any] = {f.name: (_count if f.name in _COUNTS else _float)(data[f.name]) for f in fields(cls)}
+        return cls(**numbers)

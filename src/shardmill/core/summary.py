@@ -149,7 +149,7 @@ def typical_error(args: WeightArgs) -> float:
     if args.type == "float":
         return 0.027 if args.num_bits == 8 else 0.095 if args.has_global_scale else 0.112
     four_bits = 0.139 if args.strategy != "group" else 0.111 if args.symmetric else 0.1
-    return four_bits * 15 / (2**args.num_bits - 1)
+    return four_bits * 15 / ((1 << args.num_bits) - 1)
 
 
 def check_statistics(weights: Iterable[WeightRecord], recipe: Recipe) -> list[Problem]:
@@ -190,17 +190,25 @@ def human_bytes(size: float) -> str:
 
 def render(summary: Summary) -> str:
     """Write a summary for a terminal."""
+    return "\n".join(
+        [
+            *_render_sizes(summary),
+            *_render_decisions(summary.decisions),
+            *_render_worst(summary.worst),
+            *render_warnings(summary.warnings),
+        ]
+    )
+
+
+def _render_sizes(summary: Summary) -> Iterator[str]:
     sizes = summary.totals
-    lines = [
-        f"in    {sizes.source_bytes:>16,} bytes  {human_bytes(sizes.source_bytes):>9}  {summary.shards} shards",
-        f"out   {sizes.output_bytes:>16,} bytes  {human_bytes(sizes.output_bytes):>9}  {summary.ratio:.1%} of the source",
-        f"bits per weight: {summary.bits_per_weight:.2f} overall, {summary.quantized_bits_per_weight:.2f} of "
-        f"{sizes.quantized_weights:,} quantized weights",
-        *_render_decisions(summary.decisions),
-        *_render_worst(summary.worst),
-        *render_warnings(summary.warnings),
-    ]
-    return "\n".join(lines)
+    for name, size, note in [
+        ("in", sizes.source_bytes, f"{summary.shards} shards"),
+        ("out", sizes.output_bytes, f"{summary.ratio:.1%} of the source"),
+    ]:
+        yield f"{name:5} {size:>16,} bytes  {human_bytes(size):>9}  {note}"
+    quantized = f"{summary.quantized_bits_per_weight:.2f} of {sizes.quantized_weights:,} quantized weights"
+    yield f"bits per weight: {summary.bits_per_weight:.2f} overall, {quantized}"
 
 
 def _render_decisions(decisions: Iterable[Decision]) -> Iterator[str]:
@@ -225,8 +233,9 @@ def _render_worst(worst: Sequence[WeightRecord]) -> Iterator[str]:
     yield "largest relative errors:"
     for weight in worst:
         found = weight.statistics
-        zeroed = f"  {found.zeroed / found.nonzero:6.1%} zeroed" if found.nonzero else ""
-        yield f"  {found.relative_error:.4f}  {found.sqnr_db:5.1f} dB{zeroed}  {_plain(weight.module)} ({_plain(weight.scheme)})"
+        zeroed = f"{found.zeroed / found.nonzero:6.1%} zeroed" if found.nonzero else ""
+        name = f"{_plain(weight.module)} ({_plain(weight.scheme)})"
+        yield f"  {found.relative_error:.4f}  {found.sqnr_db:5.1f} dB  {zeroed}  {name}"
     yield PROXY
 
 

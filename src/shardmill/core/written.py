@@ -5,7 +5,7 @@ Works for results of any tool that writes compressed-tensors; what loaders read 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -14,19 +14,17 @@ from shardmill.core.fused import fused_sets
 from shardmill.core.header import TensorSpec
 from shardmill.core.index import INDEX_NAME, CheckpointIndex
 from shardmill.core.layout import OutputSpec, quantized_outputs
+from shardmill.core.manifest import Manifest, ManifestShard
 from shardmill.core.matching import CATCH_ALL, Matcher, split_name
-from shardmill.core.plan import SourceShard
+from shardmill.core.plan import COPY, SPLIT, SourceShard
 from shardmill.core.roles import role_of
 from shardmill.core.scheme import ActivationArgs, Scheme, WeightArgs, parse_weight_args
 from shardmill.errors import Problem, Refused, show
 
 CONFIG_NAME: Final = "config.json"
-PACKED: Final = "pack-quantized"
 _QPARAMS: Final = frozenset(
     ["weight_packed", "weight_scale", "weight_zero_point", "weight_global_scale", "weight_shape", "weight_g_idx"]
 )
-_PLAIN_FORMATS: Final = frozenset({"naive-quantized", "float-quantized", "int-quantized", "mxfp8-quantized"})
-"""Formats with one layout: codes under `weight`, scales beside them."""
 _SCALE_DTYPES: Final = frozenset({"BF16", "F16", "F32"})
 """Other tools store FP8 and INT scales in the source's dtype."""
 
@@ -125,7 +123,9 @@ def _parse_group(name: str, entry: Any, default_format: Any, problems: list[Prob
         return None
     scheme = _layout_scheme(args, written)
     if scheme is None:
-        problems.append(_problem(f"group {show(name)}: format {show(written)} does not fit {args.num_bits}-bit {args.type}"))
+        problems.append(
+            _problem(f"group {show(name)}: format {show(written)} does not fit {args.num_bits}-bit {args.type}")
+        )
         return None
     return WrittenGroup(
         name=name,
@@ -139,9 +139,10 @@ def _parse_group(name: str, entry: Any, default_format: Any, problems: list[Prob
 
 def _layout_scheme(args: WeightArgs, written: str) -> Scheme | None:
     """The scheme whose layout a written format is; tools differ in which one they take for the same weights."""
+    alike = {"naive-quantized", f"{args.type}-quantized"}  # codes under `weight`, scales beside them
     for activations in (None, ActivationArgs(type=args.type)):
         scheme = Scheme(weights=args, input_activations=activations)
-        if written == scheme.format or {written, scheme.format} <= _PLAIN_FORMATS:
+        if written == scheme.format or {written, scheme.format} <= alike:
             return scheme
     return None
 
@@ -172,8 +173,11 @@ def quantized_modules(tensors: Mapping[str, Located]) -> dict[str, dict[str, Loc
     return found
 
 
-def check_index(index: CheckpointIndex | None, shards: Iterable[SourceShard]) -> list[Problem]:
-    """Index and headers name the same tensors in the same shards, and no tensor stands twice."""
+def check_index(index: CheckpointIndex | None, shards: Sequence[SourceShard]) -> list[Problem]:
+    """Index and headers name the same tensors in the same shards, and no tensor stands twice.
+
+    Tensors of shards that could not be read are passed over: the shard itself is a problem already.
+    """
     problems: list[Problem] = []
     owner: dict[str, str] = {}
     for shard in shards:
@@ -185,10 +189,12 @@ def check_index(index: CheckpointIndex | None, shards: Iterable[SourceShard]) ->
     if index is None:
         return problems
     named = dict(index.weight_map)
+    read = {shard.name for shard in shards}
     for name in sorted(named.keys() | owner.keys()):
-        if named.get(name) != owner.get(name):
+        is_told = name not in owner and named[name] not in read
+        if named.get(name) != owner.get(name) and not is_told:
             said = f"the index places it in {show(named[name])}" if name in named else "the index does not name it"
-            found = f"it stands in {show(owner[name])}" if name in owner else "no readable shard has it"
+            found = f"it stands in {show(owner[name])}" if name in owner else "no shard has it"
             problems.append(Problem(file=INDEX_NAME, tensor=name, kind="index-disagrees", message=f"{said}, {found}"))
     return problems
 
@@ -203,8 +209,8 @@ def code_shape(params: Mapping[str, Located], stored: Mapping[str, tuple[int, in
     if codes is None or len(codes.spec.shape) != 2:
         return None
     rows, cols = codes.spec.shape
-    if codes.spec.dtype == "I32" and "weight_shape" in params:
-        return stored.get(params["weight_shape"].spec.name)
+    if codes.spec.dtype == "I32":
+        return stored.get(params["weight_shape"].spec.name) if "weight_shape" in params else None
     return (rows, 2 * cols) if "weight_packed" in params else (rows, cols)
 
 
@@ -234,7 +240,8 @@ def _module_defects(
     else:
         shape = code_shape(params, stored)
         if shape is None:
-            yield "params-differ", f"its codes are missing or no matrix; found {', '.join(map(show, sorted(params)))}"
+            found = ", ".join(map(show, sorted(params)))
+            yield "params-differ", f"expected codes of a matrix and what tells its shape, found {found}"
         else:
             yield from _param_defects(group, module, params, shape)
 
@@ -289,9 +296,7 @@ def check_dense(
     return problems
 
 
-def check_global_scales(
-    modules: Mapping[str, Mapping[str, Located]], values: Mapping[str, float]
-) -> list[Problem]:
+def check_global_scales(modules: Mapping[str, Mapping[str, Located]], values: Mapping[str, float]) -> list[Problem]:
     """Members of a fused set have one global scale: engines merge them and keep only one.
 
     Args:
@@ -311,6 +316,49 @@ def check_global_scales(
                 )
             )
     return problems
+
+
+def check_manifest(manifest: Manifest, shards: Iterable[SourceShard], *, is_complete: bool) -> list[Problem]:
+    """Shards and manifest name each other, and every tensor of both is accounted for in the other.
+
+    Args:
+        is_complete: whether every shard was read; otherwise an absent one is a problem already.
+    """
+    found = {shard.name: shard for shard in shards}
+    problems = [
+        Problem(file=name, kind="file-unlisted", message="the manifest does not name this shard")
+        for name in found.keys() - {entry.name for entry in manifest.shards}
+    ]
+    for entry in manifest.shards:
+        if entry.name in found:
+            names = {spec.name for spec in found[entry.name].header.tensors}
+            problems += [
+                Problem(file=entry.name, tensor=name, kind="manifest-disagrees", message=message)
+                for name, message in _accounts(entry, names)
+            ]
+        elif is_complete:
+            message = "the manifest names this shard, the index does not"
+            problems.append(Problem(file=entry.name, kind="shard-missing", message=message))
+    return problems
+
+
+def _accounts(entry: ManifestShard, names: set[str]) -> Iterator[tuple[str, str]]:
+    copied = {tensor.name for tensor in entry.tensors if tensor.action == COPY}
+    modules = {weight.module for weight in entry.weights}
+    split = tuple(
+        f"{tensor.name.rpartition('.experts.')[0]}.experts."
+        for tensor in entry.tensors
+        if tensor.action == SPLIT and not tensor.scheme
+    )
+    quantized = {module for module, param in map(split_name, names) if param in ("weight", "weight_packed")}
+    for name in sorted(copied - names):
+        yield name, "the manifest says that it was copied, the shard does not have it"
+    for module in sorted(modules - quantized):
+        yield module, "the manifest says that it was quantized, the shard does not have it"
+    for name in sorted(names - copied):
+        module, param = split_name(name)
+        if not (module in modules and param.startswith("weight")) and not name.startswith(split):
+            yield name, "the manifest does not account for it"
 
 
 def unsafe_names(modules: Iterable[str]) -> frozenset[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from shardmill.core.outcome import ShardOutcome
 from shardmill.core.plan import Plan, ShardPlan
 from shardmill.core.recipe import Recipe
-from shardmill.errors import Interrupted, ShardFailures
+from shardmill.errors import Interrupted, Problem, ShardFailures, show
 from shardmill.stages.finalize import finalize, published_result
 from shardmill.stages.plan import Locations, make_plan
 from shardmill.stages.quantize import Controls, DevicePool, find_stored, quantize_shard
@@ -75,6 +75,27 @@ def resolve_devices(device: str, workers: int) -> tuple[str, ...]:
     else:
         named = tuple(part.strip() for part in device.split(",") if part.strip()) or ("cpu",)
     return ("cpu",) * (workers or cores()) if named == ("cpu",) else named
+
+
+def check_devices(device: str) -> list[Problem]:
+    """Problems of a device list, as `resolve_devices` takes it, on this machine."""
+    names = [part.strip() for part in device.split(",") if part.strip()]
+    if all(name in ("auto", "cpu") for name in names):
+        return []
+    import torch  # takes seconds, and `auto` and `cpu` need none of it
+
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    count = torch.accelerator.device_count() if found is not None else 0
+    known = {"cpu"} | ({found.type} | {f"{found.type}:{number}" for number in range(count)} if found else set())
+    return [
+        Problem(
+            kind="device-missing",
+            message=f"device {show(name)} is not on this machine; found {', '.join(sorted(known))}",
+            way_out="set --device",
+        )
+        for name in dict.fromkeys(names)
+        if name not in known
+    ]
 
 
 def limit_threads(devices: Sequence[str]) -> None:

@@ -77,6 +77,8 @@ def validate_locations(plan: Plan, locations: Locations) -> list[Problem]:
 
 
 def _check_space(plan: Plan, source: SourceFolder, store: Store, destination: Path) -> list[Problem]:
+    if any(check_shard(shard) for shard in plan.shards):
+        return []  # what cannot be treated as decided has no size
     existing = next(path for path in (store.root, *store.root.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     need = 0

@@ -1,0 +1,273 @@
+"""What may be asked for on the command line, and the recipe that follows from it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from shardmill import __version__
+from shardmill.core.header import parse_json
+from shardmill.core.recipe import EXPERT_LAYOUTS, INDIVISIBLE, Recipe, parse_recipe
+from shardmill.errors import Problem, RecipeInvalid, Refused
+
+DEFAULT_SCHEME: Final = "FP8_DYNAMIC"
+STORE_VARIABLE: Final = "SHARDMILL_STORE"
+_RECIPE_LIMIT: Final = 4_000_000
+_DESCRIPTION: Final = "Quantize sharded safetensors checkpoints, shard by shard, without a model definition."
+_EPILOG: Final = """\
+exit codes: 0 done; 2 the input or the request is refused, every problem is listed; 130 stopped by Ctrl-C; 1 anything
+else. `run` again with the same arguments goes on where it stopped. SHARDMILL_STORE is the default of --store.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The arguments of one call; fields that a command does not have keep their defaults."""
+
+    command: str
+    source: str = ""
+    destination: str = ""
+    scheme: str | None = None
+    recipe: str | None = None
+    group_size: int | None = None
+    ignore: tuple[str, ...] = ()
+    default_ignores: bool | None = None
+    indivisible: str | None = None
+    expert_layout: str | None = None
+    partial_fused: bool | None = None
+    store: str = ""
+    device: str = "auto"
+    workers: int = 0
+    search: str = "none"
+    verify: str = "fast"
+    dry_run: bool = False
+    against: str | None = None
+    html: str | None = None
+    older_than: float = 24.0
+    """Hours."""
+    rest: tuple[str, ...] = ()
+    """Arguments of the demo."""
+    json: bool = False
+    debug: bool = False
+    verbosity: int = 0
+    """-1 quiet, 0 usual, 1 and more: tell more."""
+
+
+def parse_arguments(argv: Sequence[str]) -> Options:
+    """Read the command line; exits with code 2 and a usage line when it cannot be read."""
+    parser = _build_parser()
+    namespace, rest = parser.parse_known_args(list(argv))
+    values = vars(namespace)
+    quiet, verbose = values.pop("quiet", False), values.pop("verbose", 0)
+    if values["command"] == "store":
+        values["command"] = f"store {values.pop('action')}"
+    if values["command"] == "demo":
+        values["rest"] = tuple(rest)
+    elif rest:
+        parser.error(f"unrecognized arguments: {shlex.join(rest)}")
+    values["ignore"] = tuple(values.get("ignore") or ())
+    return Options(**values, verbosity=-1 if quiet else verbose)
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    common = _common()
+    parser = argparse.ArgumentParser(
+        prog="shardmill",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        parents=[common],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"shardmill {__version__}")
+    verbs = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def verb(name: str, summary: str) -> argparse.ArgumentParser:
+        return verbs.add_parser(name, help=summary, description=summary, parents=[common], allow_abbrev=False)
+
+    plan = verb("plan", "show what would be done to every tensor, exact sizes included; reads headers only")
+    plan.add_argument("source", metavar="SRC", help="folder with safetensors shards and config.json")
+    _add_recipe(plan)
+    _add_json(plan)
+    _add_run(verb("run", "quantize a checkpoint; run again to go on after a stop"))
+    check = verb("verify", "read a finished result back and check everything in it")
+    check.add_argument("destination", metavar="DST", help="finished result")
+    check.add_argument("--against", metavar="SRC", help="compare every tensor with the source, too")
+    _add_json(check)
+    report = verb("report", "show the summary of a finished result")
+    report.add_argument("destination", metavar="DST", help="finished result")
+    report.add_argument("--html", metavar="FILE", help="write a page with pictures (not in this version)")
+    _add_store(verb("store", "look after the store of finished shards"))
+    verbs.add_parser("demo", help="quantize a small real model from end to end", add_help=False, allow_abbrev=False)
+    return parser
+
+
+def _common() -> argparse.ArgumentParser:
+    """Options of every command, before or after its name."""
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    group = common.add_argument_group("talk")
+    group.add_argument("-v", "--verbose", action="count", help="tell more on stderr")
+    group.add_argument("-q", "--quiet", action="store_true", help="no progress, only errors on stderr")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return common
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what is quantized how")
+    choice = group.add_mutually_exclusive_group()
+    choice.add_argument("--scheme", help=f"a preset such as W4A16 or NVFP4A16 (default: {DEFAULT_SCHEME})")
+    choice.add_argument("--recipe", metavar="FILE", help="a recipe in JSON or YAML")
+    group.add_argument("--group-size", type=_positive, metavar="N", help="input features that share a scale")
+    group.add_argument(
+        "--ignore",
+        action="append",
+        metavar="PATTERN",
+        help="module that stays as it is: a full name, or re: and an expression; may be repeated",
+    )
+    group.add_argument(
+        "--no-default-ignores",
+        dest="default_ignores",
+        action="store_false",
+        default=None,
+        help="quantize embeddings, heads, routers and the like, too",
+    )
+    group.add_argument(
+        "--indivisible", choices=INDIVISIBLE, help="weights whose width is no multiple of the group size"
+    )
+    group.add_argument("--expert-layout", choices=EXPERT_LAYOUTS, help="layout of fused expert stacks")
+    group.add_argument(
+        "--partial-fused",
+        action="store_true",
+        default=None,
+        help="allow that members of a fused set are treated differently",
+    )
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="folder with safetensors shards and config.json")
+    parser.add_argument("destination", metavar="DST", help="folder that does not exist yet, or is empty")
+    _add_recipe(parser)
+    group = parser.add_argument_group("how the run works; none of it changes bytes")
+    _add_store_location(group.add_argument, "folder with finished shards (default: .shardmill beside DST)")
+    group.add_argument("--device", default="auto", help="auto, cpu, or a list such as cuda:0,cuda:1 (default: auto)")
+    group.add_argument("--workers", type=_positive, default=0, metavar="N", help="shards in work at a time, on the CPU")
+    group.add_argument(
+        "--search", choices=("none", "mse"), default="none", help="how scales are chosen (default: none)"
+    )
+    group.add_argument(
+        "--verify", choices=("fast", "full"), default="fast", help="how finished shards are checked (default: fast)"
+    )
+    group.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
+    _add_json(parser)
+
+
+def _add_store(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ls|gc|verify")
+    for name, summary in [
+        ("ls", "list finished shards"),
+        ("gc", "delete finished shards that no result on this file system uses"),
+        ("verify", "read every finished shard and compare it with its receipt"),
+    ]:
+        action = actions.add_parser(name, help=summary, description=summary, parents=[_common()], allow_abbrev=False)
+        _add_store_location(action.add_argument, "the store (default: .shardmill in this folder)")
+        if name == "gc":
+            action.add_argument("--older-than", type=_hours, default=24.0, metavar="HOURS", help="default: 24")
+
+
+def _add_store_location(add_argument: Callable[..., Any], summary: str) -> None:
+    add_argument("--store", metavar="URL", default=os.environ.get(STORE_VARIABLE, ""), help=summary)
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.isascii() and text.isdigit() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above zero, found {text!r}")
+    return number
+
+
+def _hours(text: str) -> float:
+    try:
+        hours = float(text)
+    except ValueError:
+        hours = -1.0
+    if not hours >= 0:
+        raise argparse.ArgumentTypeError(f"expected hours, found {text!r}")
+    return hours
+
+
+def read_recipe(options: Options) -> Recipe:
+    """Build the recipe that the options ask for.
+
+    Raises:
+        RecipeInvalid: unknown scheme, unreadable file, options that do not go together.
+    """
+    if options.recipe is None:
+        recipe = parse_recipe({"scheme": options.scheme or DEFAULT_SCHEME, "group_size": options.group_size})
+    elif options.group_size is not None:
+        raise _invalid("--group-size does not go with --recipe", "set group_size in the file")
+    else:
+        recipe = parse_recipe(_read_recipe_file(Path(options.recipe)))
+    changes: dict[str, Any] = {
+        name: value
+        for name in ("default_ignores", "indivisible", "expert_layout", "partial_fused")
+        if (value := getattr(options, name)) is not None
+    }
+    return replace(recipe, ignore=tuple(dict.fromkeys((*recipe.ignore, *options.ignore))), **changes)
+
+
+def _invalid(message: str, way_out: str = "", file: str = "") -> RecipeInvalid:
+    return RecipeInvalid([Problem(file=file, kind="recipe", message=message, way_out=way_out)])
+
+
+def _read_recipe_file(path: Path) -> Any:
+    try:
+        if path.stat().st_size > _RECIPE_LIMIT:
+            raise _invalid(f"a recipe has at most {_RECIPE_LIMIT} bytes", file=str(path))
+        data = path.read_bytes()
+    except OSError as error:
+        raise _invalid(f"the recipe cannot be read: {error.strerror}", file=str(path)) from error
+    if path.suffix == ".json":
+        try:
+            return parse_json(data, file=str(path), kind="recipe")
+        except Refused as error:
+            raise RecipeInvalid(error.problems) from error
+    if path.suffix in (".yaml", ".yml"):
+        return _parse_yaml(data, path)
+    raise _invalid("expected a file that ends in .json, .yaml or .yml", file=str(path))
+
+
+def _parse_yaml(data: bytes, path: Path) -> Any:
+    import yaml  # few recipes are YAML
+
+    try:
+        return yaml.safe_load(data)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        summary = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise _invalid(f"not valid YAML: {summary}", file=str(path)) from error
+
+
+def quote(argument: str) -> str:
+    r"""Quote an argument for a POSIX shell; what cannot be printed is written as an escape that bash and zsh read.
+
+    >>> print(quote("out put"), quote("a\nb"))
+    'out put' $'a\nb'
+    """
+    if argument.isprintable():
+        return shlex.quote(argument)
+    body = json.dumps(argument)[1:-1].replace('\\"', '"').replace("'", "\\'")
+    return f"$'{body}'"
+
+
+def command_line(*arguments: str) -> str:
+    """A command as one line to copy."""
+    return " ".join(map(quote, arguments))

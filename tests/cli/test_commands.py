@@ -1,0 +1,587 @@
+"""What the commands print where, and that interrupted runs go on."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import checkpoints
+from shardmill import __version__
+from shardmill.cli import arguments as cli_arguments
+from shardmill.cli import commands, main
+from shardmill.cli.arguments import parse_arguments, quote, read_recipe
+from shardmill.cli.console import Console, Progress
+from shardmill.core.recipe import uniform
+from shardmill.errors import StorageFailed
+
+BASH = shutil.which("bash") or "bash"
+PROGRAM = "import sys\nfrom shardmill.cli import main\nsys.exit(main())"
+# Ends the process after a number of receipts, as a power cut or an impatient user would.
+STRIKE = """
+import os, sys
+from shardmill.storage.store import Store
+put, count = Store.put_receipt, 0
+def strike(self, receipt):
+    global count
+    put(self, receipt)
+    count += 1
+    if count == {count}:
+        os.kill(os.getpid(), {signal})
+Store.put_receipt = strike
+"""
+
+
+def call(
+    *arguments: str, program: str = PROGRAM, cwd: Path | None = None, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-P", "-c", program, *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, **more},
+    )
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return checkpoints.write(tmp_path / "source", checkpoints.deal(checkpoints.llama(), 3), LICENSE="free")
+
+
+def run(source: Path, destination: Path, *arguments: str) -> int:
+    return main(["run", str(source), str(destination), "--device", "cpu", *arguments])
+
+
+# ---- streams and start-up ---------------------------------------------------------------------------------------
+
+
+def test_version_and_help_answer_on_stdout() -> None:
+    assert call("--version").stdout == f"shardmill {__version__}\n"
+    done = call("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "exit codes: 0 done; 2" in done.stdout
+    for verb in ("plan", "run", "verify", "report", "store"):
+        assert call(verb, "--help").returncode == 0
+
+
+@pytest.mark.parametrize("command", [["--version"], ["plan", "source"], ["plan", "source", "--json"]])
+def test_light_commands_load_no_heavy_library(source: Path, command: list[str]) -> None:
+    program = (
+        "import atexit, sys\n"
+        "heavy = ['numpy', 'torch', 'prefect', 'compressed_tensors', 'yaml', 'tqdm']\n"
+        "atexit.register(lambda: print([n for n in heavy if n in sys.modules], file=sys.stderr))\n" + PROGRAM
+    )
+    done = call(*command, program=program, cwd=source.parent)
+    assert (done.returncode, done.stderr) == (0, "[]\n")
+
+
+def test_plan_tells_decisions_sizes_and_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = checkpoints.write(tmp_path / "source", checkpoints.deal(checkpoints.llama(), 7), LICENSE="free")
+    assert main(["plan", str(source), "--scheme", "NVFP4A16"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "quantize NVFP4A16: 14 tensors, target 'Linear'\n    model.layers.[0-1].mlp.{down,gate,up}_proj\n" in out
+    assert "copy: 5 tensors, default: norm" in out
+    assert "jobs  7 shards" in out
+    assert "also read members of fused sets in other shards" in out
+    assert "files 1 other file copied" in out
+
+
+def test_the_plan_says_to_the_byte_what_a_run_writes(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(source), "--scheme", "W4A16_ASYM", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert run(source, tmp_path / "result", "--scheme", "W4A16_ASYM") == 0
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "result").glob("*.safetensors")}
+    assert {shard["name"]: shard["output_bytes"] for shard in document["shards"]} == sizes
+    assert document["totals"]["output_bytes"] == sum(sizes.values())
+    for shard in document["shards"]:
+        data = (tmp_path / "result" / shard["name"]).read_bytes()
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        del header["__metadata__"]
+        outputs = [output for tensor in shard["tensors"] for output in tensor["outputs"]]
+        assert {output.pop("name"): output for output in outputs} == header
+
+
+def test_the_plan_document_is_a_stable_contract(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(source), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["command"], document["status"], document["schema"]) == ("plan", "done", 1)
+    assert set(document) == {
+        "command", "status", "schema", "problems", "warnings", "totals", "bits_per_weight",
+        "quantized_bits_per_weight", "recipe", "ignore", "files", "files_not_copied", "shards",
+    }  # fmt: skip
+    assert set(document["shards"][0]) == {"name", "source_bytes", "output_bytes", "reads", "tensors"}
+    assert set(document["shards"][0]["tensors"][0]) == {
+        "name", "dtype", "shape", "action", "reason", "scheme", "layout", "fused", "outputs",
+    }  # fmt: skip
+    assert set(document["shards"][0]["tensors"][0]["outputs"][0]) == {"name", "dtype", "shape", "data_offsets"}
+
+
+def test_run_puts_its_result_on_stdout_and_talks_on_stderr(source: Path, tmp_path: Path) -> None:
+    (source / "more.safetensors").write_bytes(b"stranger")
+    done = call("run", "source", "out put", "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "largest relative errors:" in done.stdout
+    assert "weight error is a proxy" in done.stdout
+    assert "0 of 3 shards found in the store" in done.stdout
+    assert done.stdout.endswith("next: vllm serve 'out put'\n")
+    assert "WARNING `more.safetensors`: a weight file that the index does not name" in done.stderr
+    assert "WARNING" not in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".shardmill", "out put", "source"]
+
+
+def test_quiet_is_quiet(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (source / "more.safetensors").write_bytes(b"stranger")
+    assert run(source, tmp_path / "result", "-q") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_run_gives_one_document(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(source, tmp_path / "result", "--json", "--workers", "2") == 0
+    document = json.loads(capsys.readouterr().out)
+    manifest = json.loads((tmp_path / "result" / "shardmill.json").read_text())
+    assert (document["command"], document["status"], document["hits"]) == ("run", "done", 0)
+    assert document["plan"] == manifest["plan"]
+    assert document["summary"]["totals"] == manifest["totals"]
+    assert document["seconds"] > 0
+    assert document["peak_memory_bytes"] > 0
+    assert document["next"] == f"vllm serve {tmp_path / 'result'}"
+
+
+def test_a_second_run_finds_everything(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(source, tmp_path / "first") == 0
+    assert run(source, tmp_path / "first", "--json") == 0
+    assert run(source, tmp_path / "second", "--json", "--verify", "full") == 0
+    out = capsys.readouterr().out
+    documents = [json.loads(part) for part in out[out.index("{\n") :].replace("}\n{", "}\0{").split("\0")]
+    assert documents[-1]["hits"] == 3
+    assert documents[0]["status"] == "done"
+    same = [(tmp_path / name / "shardmill.json").read_bytes() for name in ("first", "second")]
+    assert same[0] == same[1]
+
+
+def test_a_dry_run_checks_and_writes_nothing(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(source, tmp_path / "result", "--dry-run") == 0
+    out, err = capsys.readouterr()
+    assert "quantize FP8_DYNAMIC: 14 tensors" in out
+    assert "dry run: nothing was written" in err
+    assert list(tmp_path.iterdir()) == [source]
+    assert run(source, tmp_path / "result", "--dry-run", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["command"] == "run"
+
+
+def test_report_shows_the_summary_of_a_result(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(source, tmp_path / "result", "--scheme", "MXFP4A16", "-q")
+    shown = capsys.readouterr().out.partition("weight error is a proxy")[0]
+    assert main(["report", str(tmp_path / "result")]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(shown)
+    assert str(tmp_path / "result") in err
+
+
+# ---- verify -----------------------------------------------------------------------------------------------------
+
+
+def test_verify_alone_and_against_the_source(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = tmp_path / "result"
+    run(source, result, "--scheme", "NVFP4A16", "-q")
+    capsys.readouterr()
+    assert main(["verify", str(result)]) == 0
+    assert "no problem found" in capsys.readouterr().out
+    assert main(["verify", str(result), "--against", str(source)]) == 0
+    out = capsys.readouterr().out
+    assert "14 quantized weights compared with the source, 0 with an unusual error" in out
+    assert "usual 0.095" in out
+    assert main(["verify", str(result), "--against", str(source), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["status"], document["problems"], len(document["weights"])) == ("done", [], 14)
+    assert document["weights"][0]["stated_error"] == pytest.approx(document["weights"][0]["relative_error"], rel=0.005)
+
+
+def test_verify_names_what_differs_and_fails(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = tmp_path / "result"
+    run(source, result, "-q")
+    (result / "LICENSE").write_text("not free")
+    capsys.readouterr()
+    assert main(["verify", str(result)]) == 1
+    out, err = capsys.readouterr()
+    assert "1 problem found" in out
+    assert "`LICENSE`: expected blake3" in err
+    assert main(["verify", str(result), "--json"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert [problem["kind"] for problem in document["problems"]] == ["digest-differs"]
+
+
+def test_verify_says_what_it_leaves_out(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = tmp_path / "result"
+    run(source, result, "-q")
+    (result / "shardmill.json").unlink()
+    capsys.readouterr()
+    assert main(["verify", str(result)]) == 0
+    assert "NOTE there is no shardmill.json" in capsys.readouterr().err
+
+
+# ---- going on ---------------------------------------------------------------------------------------------------
+
+
+def many_shards(tmp_path: Path) -> tuple[Path, int]:
+    tensors = checkpoints.llama(layers=3)
+    return checkpoints.write(tmp_path / "source", checkpoints.deal(tensors, 15)), 15
+
+
+def test_finished_shards_survive_kill_9(tmp_path: Path) -> None:
+    source, shards = many_shards(tmp_path)
+    arguments = ["run", str(source), str(tmp_path / "result"), "--device", "cpu", "--workers", "2", "--json"]
+    killed = call(*arguments, program=STRIKE.format(count=6, signal=int(signal.SIGKILL)) + PROGRAM)
+    assert killed.returncode == -signal.SIGKILL
+    kept = len(list((tmp_path / ".shardmill" / "receipts").glob("*.json")))
+    assert 6 <= kept < shards
+    assert not (tmp_path / "result").exists()
+    again = call(*arguments)
+    assert again.returncode == 0
+    assert json.loads(again.stdout)["hits"] == kept
+    clean = call("run", str(source), str(tmp_path / "clean"), "--device", "cpu", "--store", str(tmp_path / "other"))
+    assert clean.returncode == 0
+    names = sorted(path.name for path in (tmp_path / "clean").iterdir())
+    assert sorted(path.name for path in (tmp_path / "result").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "result" / name).read_bytes() == (tmp_path / "clean" / name).read_bytes()
+
+
+def test_ctrl_c_finishes_cleanly_and_prints_the_command_that_goes_on(tmp_path: Path) -> None:
+    source, shards = many_shards(tmp_path)
+    arguments = ["run", str(source), str(tmp_path / "the result"), "--device", "cpu", "--workers", "1", "--json"]
+    stopped = call(*arguments, program=STRIKE.format(count=4, signal=int(signal.SIGINT)) + PROGRAM)
+    assert stopped.returncode == 130
+    assert "Traceback" not in stopped.stderr
+    kept = len(list((tmp_path / ".shardmill" / "receipts").glob("*.json")))
+    assert 4 <= kept < shards
+    document = json.loads(stopped.stdout)
+    assert document["status"] == "interrupted"
+    assert document["message"] == f"stopped on request; {kept} of {shards} shards are finished, run again to go on"
+    line = stopped.stderr.splitlines()[-1].strip()
+    assert line == document["resume"]
+    assert not (tmp_path / "the result").exists()
+    program, *rest = shlex.split(line)
+    assert (program, rest) == ("shardmill", arguments)
+    again = call(*rest)
+    assert again.returncode == 0
+    assert json.loads(again.stdout)["hits"] == kept
+
+
+def test_the_second_ctrl_c_stops_at_once() -> None:
+    stop = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+    with commands._stop_on_interrupt(stop):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_other_threads_leave_signals_alone() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    seen: list[Any] = []
+
+    def work() -> None:
+        with commands._stop_on_interrupt(threading.Event()):
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+def test_one_more_ignored_tensor_redoes_exactly_its_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, shards = many_shards(tmp_path)
+    assert run(source, tmp_path / "first", "-q") == 0
+    capsys.readouterr()
+    assert run(source, tmp_path / "second", "--ignore", "model.layers.1.mlp.down_proj", "--json", "-q") == 0
+    assert json.loads(capsys.readouterr().out)["hits"] == shards - 1
+    index = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
+    changed = index["model.layers.1.mlp.down_proj.weight"]
+    for shard in set(index.values()):
+        same = (tmp_path / "first" / shard).read_bytes() == (tmp_path / "second" / shard).read_bytes()
+        assert same == (shard != changed)
+
+
+@pytest.mark.parametrize("scheme", ["NVFP4A16", "W4A16_ASYM"])
+def test_bytes_depend_neither_on_sharding_nor_on_workers(tmp_path: Path, scheme: str) -> None:
+    tensors = checkpoints.llama()
+    found = []
+    for shards in (1, 3, 7):
+        source = checkpoints.write(tmp_path / f"source{shards}", checkpoints.deal(tensors, shards))
+        for workers in (1, 4):
+            destination = tmp_path / f"result{shards}-{workers}"
+            store = str(tmp_path / f"store{shards}-{workers}")
+            assert run(source, destination, "--scheme", scheme, "--workers", str(workers), "--store", store, "-q") == 0
+            found.append(checkpoints.as_bytes(checkpoints.read(destination)))
+    assert all(result == found[0] for result in found[1:])
+
+
+# ---- the store --------------------------------------------------------------------------------------------------
+
+
+def test_the_store_is_listed_checked_and_emptied(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(source, tmp_path / "result", "-q")
+    store = ["--store", str(tmp_path / ".shardmill")]
+    capsys.readouterr()
+    assert main(["store", "ls", *store]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.endswith("in use") for line in listed] == [True, True, True, False]
+    assert listed[-1].startswith("3 shards, ")
+    assert main(["store", "verify", *store]) == 0
+    assert capsys.readouterr().out == "0 problems found\n"
+    blob = next((tmp_path / ".shardmill" / "blobs").iterdir())
+    blob.chmod(0o644)
+    blob.write_bytes(blob.read_bytes()[:-1] + b"!")
+    assert main(["store", "verify", *store]) == 1
+    assert "blob does not have the digest of its receipt" in capsys.readouterr().err
+    assert main(["store", "gc", "--older-than", "0", *store]) == 0
+    assert capsys.readouterr().out.startswith("0 shards removed")
+    for path in (tmp_path / "result").glob("*.safetensors"):
+        path.unlink()
+    assert main(["store", "gc", *store]) == 0
+    assert capsys.readouterr().out.startswith("0 shards removed")
+    assert main(["store", "gc", "--older-than", "0", *store]) == 0
+    assert capsys.readouterr().out.startswith("3 shards removed")
+
+
+def test_the_environment_names_the_store(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SHARDMILL_STORE", str(tmp_path / "shared"))
+    assert run(source, tmp_path / "result") == 0
+    assert len(list((tmp_path / "shared" / "receipts").iterdir())) == 3
+    assert not (tmp_path / ".shardmill").exists()
+    capsys.readouterr()
+    assert main(["store", "ls"]) == 0
+    assert "3 shards" in capsys.readouterr().out
+    assert run(source, tmp_path / "other", "--store", str(tmp_path / "own")) == 0
+    assert (tmp_path / "own").is_dir()
+
+
+def test_a_damaged_blob_is_a_warned_miss(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(source, tmp_path / "first", "-q")
+    blob = next((tmp_path / ".shardmill" / "blobs").iterdir())
+    blob.chmod(0o644)
+    with blob.open("ab") as file:
+        file.write(b"x")
+    capsys.readouterr()
+    assert run(source, tmp_path / "second", "--json") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["hits"] == 2
+    assert "WARNING store: blob" in err
+    assert "it is set aside and the shard is done again" in err
+    assert logging.getLogger("shardmill").handlers == []
+
+
+# ---- demo -------------------------------------------------------------------------------------------------------
+
+
+def test_demo_runs_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+
+    def record(command: list[str], *, check: bool) -> subprocess.CompletedProcess[bytes]:
+        assert not check
+        seen.append(command)
+        return subprocess.CompletedProcess(command, 7)
+
+    monkeypatch.setattr(subprocess, "run", record)
+    assert main(["demo", "--help", "--out", "x y", "here", "--debug"]) == 7
+    assert seen == [[sys.executable, "-m", "shardmill.flows.demo", "--help", "--out", "x y", "here", "--debug"]]
+
+
+# ---- errors -----------------------------------------------------------------------------------------------------
+
+
+def broken(error: BaseException) -> Any:
+    def fail(*_: Any, **__: Any) -> int:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "expected"),
+    [
+        (StorageFailed("write `x` failed: no space"), 1, "failed: write `x` failed: no space\n"),
+        (ZeroDivisionError("oops"), 1, "failed: unexpected ZeroDivisionError: oops; --debug shows where\n"),
+        (KeyboardInterrupt(), 130, "stopped at once; finished shards stay in the store\ngo on with:\n"),
+        (BrokenPipeError(), 1, ""),
+    ],
+)
+def test_errors_are_told_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], error: BaseException, code: int, expected: str
+) -> None:
+    monkeypatch.setitem(commands.COMMANDS, "plan", broken(error))
+    assert main(["plan", "x"]) == code
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith(expected)
+    assert "Traceback" not in err
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(commands.COMMANDS, "plan", broken(ZeroDivisionError("oops")))
+    assert main(["plan", "x", "--debug", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith("Traceback (most recent call last):")
+    assert json.loads(out)["status"] == "failed"
+
+
+def test_a_shard_that_fails_unexpectedly_is_exit_code_1(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("shardmill.kernels.shard.encode_shard", broken(MemoryError("all gone")))
+    assert run(source, tmp_path / "result", "--json") == 1
+    out, err = capsys.readouterr()
+    assert "3 of 3 shards failed; 0 are finished and kept in the store" in err
+    assert "`model-00001-of-00003.safetensors`: unexpected MemoryError: all gone" in err
+    assert "`model-00002-of-00003.safetensors` failed; the other shards go on" in err
+    assert {problem["kind"] for problem in json.loads(out)["problems"]} == {"MemoryError"}
+
+
+def test_a_reader_that_goes_away_is_no_disaster(source: Path) -> None:
+    command = shlex.join([sys.executable, "-P", "-c", PROGRAM, "plan", str(source), "--json"])
+    done = subprocess.run([BASH, "-c", f"{command} | true"], check=False, capture_output=True, text=True)
+    assert done.stderr == ""
+
+
+def test_foreign_names_are_escaped(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    destination = tmp_path / "re\x1b[31msult\n"
+    assert run(source, destination) == 0
+    assert main(["verify", str(destination)]) == 0
+    assert main(["run", str(source), str(destination), "--scheme", "W8A8"]) == 2
+    out, err = capsys.readouterr()
+    assert {c for c in out + err if not c.isprintable()} == {"\n"}
+    assert "next: vllm serve $'" in out
+
+
+@pytest.mark.parametrize(
+    "argument", ["plain", "out put", "it's", "a\nb", "\x1b[31m", "qu'o\"te\n", "back\\slash\n", "\u200bzero", "", "é"]
+)
+def test_quoted_arguments_are_read_back_by_bash(argument: str) -> None:
+    done = subprocess.run([BASH, "-c", f"printf %s {quote(argument)}"], check=True, capture_output=True)
+    assert done.stdout.decode() == argument
+    assert quote(argument).isprintable()
+
+
+# ---- recipes ----------------------------------------------------------------------------------------------------
+
+
+def test_the_default_scheme_is_fp8() -> None:
+    assert read_recipe(parse_arguments(["plan", "x"])) == uniform("FP8_DYNAMIC")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("r.json", '{"scheme": "W4A16", "group_size": 64, "ignore": ["a"], "indivisible": "copy"}'),
+        ("r.yaml", "scheme: W4A16\ngroup_size: 64\nignore: a\nindivisible: copy\n"),
+        ("r.yml", "groups: [{scheme: w4a16, group_size: 64}]\nignore: [a]\nindivisible: copy\n"),
+    ],
+)
+def test_recipe_files_and_flags_go_together(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    flags = ["--ignore", "b", "--ignore", "a", "--no-default-ignores", "--expert-layout", "rows", "--partial-fused"]
+    found = read_recipe(parse_arguments(["plan", "x", "--recipe", str(tmp_path / name), *flags]))
+    same = read_recipe(
+        parse_arguments(["plan", "x", "--scheme", "W4A16", "--group-size", "64", "--indivisible", "copy", *flags])
+    )
+    assert found.ignore == ("a", "b")
+    assert (found.indivisible, found.expert_layout, found.default_ignores, found.partial_fused) == (
+        "copy",
+        "rows",
+        False,
+        True,
+    )
+    assert found.groups == same.groups
+    assert {"a", "b"} == set(same.ignore)
+
+
+def test_a_huge_recipe_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli_arguments, "_RECIPE_LIMIT", 3)
+    (tmp_path / "r.json").write_text("{    }")
+    assert main(["plan", "x", "--recipe", str(tmp_path / "r.json")]) == 2
+    assert capsys.readouterr().err.startswith("refused: 1 problem")
+
+
+@pytest.mark.parametrize(("flags", "verbosity"), [([], 0), (["-q"], -1), (["-v"], 1), (["-vv"], 2), (["-v", "-q"], -1)])
+def test_talk_is_set_before_or_after_the_verb(flags: list[str], verbosity: int) -> None:
+    assert parse_arguments([*flags, "plan", "x"]).verbosity == verbosity
+    assert parse_arguments(["plan", "x", *flags]).verbosity == verbosity
+    assert parse_arguments(["store", "ls", *flags]).verbosity == verbosity
+
+
+# ---- progress ---------------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_bar_in_bytes() -> None:
+    terminal = Terminal()
+    console = Console(0, terminal)
+    progress = console.progress("quantize", 5_000_000_000, 2)
+    progress.add(2_500_000_000)
+    progress.add_shard(is_hit=True)
+    console.say("WARNING something")
+    progress.add(2_500_000_000)
+    console.close_progress()
+    shown = terminal.getvalue()
+    assert "quantize:  50%" in shown
+    assert "2.50G/5.00G" in shown
+    assert "1/2 shards, 1 hits" in shown
+    assert "WARNING something\n" in shown
+
+
+def test_elsewhere_there_are_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shardmill.cli.console.LINE_SECONDS", 0.0)
+    stream = io.StringIO()
+    progress = Console(0, stream).progress("quantize", 200_000_000, 4)
+    progress.add_shard(is_hit=True)
+    progress.add(50_000_000)
+    line = stream.getvalue()
+    assert line.startswith("quantize: 50.0 MB of 200.0 MB (25%), ")
+    assert "GB/s, ETA " in line
+    assert line.endswith(" s, 1 of 4 shards, 1 hits\n")
+
+
+def test_quiet_shows_no_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shardmill.cli.console.LINE_SECONDS", 0.0)
+    terminal = Terminal()
+    console = Console(-1, terminal)
+    console.progress("verify", 10).add(10)
+    console.count_bytes(1)
+    console.close_progress()
+    console.count_bytes(1)
+    assert terminal.getvalue() == ""
+
+
+def test_progress_over_nothing_has_no_division_by_zero() -> None:
+    assert "0 bytes of 0 bytes (100%)" in Progress(Console(0, io.StringIO()), "verify", 0, 0).line()
