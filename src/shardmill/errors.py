@@ -25,14 +25,14 @@ NAME_LIMIT = 120
 
 
 def show(name: str, limit: int = NAME_LIMIT) -> str:
-    r"""Quote a foreign name for a message: control characters escaped, cut at `limit` characters.
+    r"""Quote a foreign name for a message: control characters escaped, backticks replaced, cut at `limit` characters.
 
     >>> show("model.norm.weight")
     '`model.norm.weight`'
     >>> show("a\tb")
     '`a\\tb`'
     """
-    safe = "".join(c if c.isprintable() and c != "`" else repr(c)[1:-1] for c in name)
+    safe = "".join(c if c.isprintable() else repr(c)[1:-1] for c in name.replace("`", "'"))
     return f"`{safe if len(safe) <= limit else safe[: limit - 1] + '…'}`"
 
 

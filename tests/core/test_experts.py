@@ -9,8 +9,8 @@ from shardmill.core.recipe import uniform
 from strategies import checkpoint_of
 
 E, I, H = 4, 96, 64  # noqa: E741  the letters of the formulas
-ROWS = {"gate_up_proj": (E, 2 * I, H), "down_proj": (E, H, I)}
-COLUMNS = {"gate_up_proj": (E, H, 2 * I), "down_proj": (E, I, H)}
+ROWS: dict[str, tuple[int, ...]] = {"gate_up_proj": (E, 2 * I, H), "down_proj": (E, H, I)}
+COLUMNS: dict[str, tuple[int, ...]] = {"gate_up_proj": (E, H, 2 * I), "down_proj": (E, I, H)}
 
 
 def sizes(model: str, *, hidden: int = H, width: int = I) -> Sizes:

@@ -10,7 +10,7 @@ import sys
 
 def main() -> None:
     """Convert one source by several schemes; imports take longer than the work."""
-    from llmcompressor import model_free_ptq
+    from llmcompressor import model_free_ptq  # type: ignore[import-not-found]  # it has an environment of its own
 
     source, *pairs = sys.argv[1:]
     for scheme, destination in zip(pairs[::2], pairs[1::2], strict=True):

@@ -3,12 +3,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from shardmill.errors import DestinationInvalid, StorageFailed
-from shardmill.storage import publish as module
+from shardmill.storage import publish as publishing
 from shardmill.storage.publish import check_destination, publish, read_manifest, remove_dead_partials
 
 
@@ -59,10 +61,19 @@ def test_config_comes_last_and_each_step_is_durable_before_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    small, rename = module.write_small, module._rename
-    monkeypatch.setattr(module, "write_small", lambda path, data: (seen.append(path.name), small(path, data))[1])
-    monkeypatch.setattr(module, "_rename", lambda a, b: (seen.append("rename"), rename(a, b))[1])
-    monkeypatch.setattr(module, "place_file", lambda _a, b: seen.append(b.name))
+
+    def note(step: str, name: Callable[[tuple[Path, ...]], str]) -> None:
+        original = getattr(publishing, step)
+
+        def noted(*arguments: Any) -> Any:
+            seen.append(name(arguments))
+            return original(*arguments)
+
+        monkeypatch.setattr(publishing, step, noted)
+
+    note("place_file", lambda arguments: arguments[1].name)
+    note("write_small", lambda arguments: arguments[0].name)
+    note("_rename", lambda _: "rename")
     run(tmp_path / "dst", tmp_path)
     order = [
         "model.safetensors",
@@ -80,7 +91,7 @@ def test_a_failure_at_any_step_leaves_nothing(tmp_path: Path, monkeypatch: pytes
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module, step, fail)
+    monkeypatch.setattr(publishing, step, fail)
     with pytest.raises(StorageFailed, match="No space left"):
         run(tmp_path / "dst", tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["blob"]
