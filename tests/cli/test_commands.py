@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import io
 import json
 import logging
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ import checkpoints
 from shardmill import __version__
 from shardmill.cli import arguments as cli_arguments
 from shardmill.cli import commands, main
+from shardmill.cli import failures as cli_failures
 from shardmill.cli.arguments import parse_arguments, quote, read_recipe
 from shardmill.cli.console import Console, Progress
 from shardmill.core.recipe import uniform
@@ -485,6 +488,12 @@ def test_quoted_arguments_are_read_back_by_bash(argument: str) -> None:
     done = subprocess.run([BASH, "-c", f"printf %s {quote(argument)}"], check=True, capture_output=True)
     assert done.stdout.decode() == argument
     assert quote(argument).isprintable()
+
+
+@pytest.mark.parametrize("module", [cli_arguments, cli_failures])
+def test_examples_in_docstrings_run(module: ModuleType) -> None:
+    found = doctest.testmod(module)
+    assert (found.failed, found.attempted > 0) == (0, True)
 
 
 # ---- recipes ----------------------------------------------------------------------------------------------------

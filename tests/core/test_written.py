@@ -127,6 +127,7 @@ def test_configs_of_other_tools_are_read() -> None:
     group = found.groups[0]
     assert found.problems == ()
     assert (group.format, group.extras) == ("pack-quantized", frozenset({"weight_g_idx"}))
+    assert group.entry["weights"]["num_bits"] == 4
     assert group.entry["format"] == "pack-quantized"
     assert found.group_of("model.layers.0.mlp.up_proj") == group
 

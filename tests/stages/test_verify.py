@@ -8,6 +8,7 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -445,6 +446,28 @@ def test_files_that_the_manifest_does_not_name_are_told_of(result: Path) -> None
     assert notes == ["2 files that the manifest does not name, the first is `LICENSE.more`"]
 
 
+ODD: list[Any] = [None, True, -1, 0, 2**70, 1.5, 1e308, "x", "", [], {}, "re:(", ["x"], {"a": 1}, "Linear", [[]]]
+
+
+def mutate(value: Any, random: Random) -> Any:
+    """A JSON value in which a few parts are replaced, lost or new."""
+    if random.random() < 0.03:
+        return random.choice(ODD)
+    if isinstance(value, dict):
+        kept = {key: mutate(entry, random) for key, entry in value.items() if random.random() > 0.01}
+        return kept | ({"stranger": 1} if random.random() < 0.03 else {})
+    return [mutate(entry, random) for entry in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("name", ["config.json", "shardmill.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("seed", range(15))
+def test_mutated_documents_give_problems_and_never_crash(home: Path, result: Path, name: str, seed: int) -> None:
+    text = json.dumps(mutate(json.loads((result / name).read_text()), Random(seed)))  # noqa: S311  no secrets
+    (result / name).write_text(text)
+    problems = verify(str(result)) + verify_against(str(result), str(home / "source"))[1]
+    assert all(len(str(problem)) <= 300 and str(problem).isprintable() for problem in problems)
+
+
 # ---- against the source -----------------------------------------------------------------------------------------
 
 
@@ -485,13 +508,13 @@ def edited_source(tmp_path: Path, change: Callable[[dict[str, Tensor]], Any]) ->
     return checkpoints.write(tmp_path / "edited", [tensors])
 
 
-def test_a_tensor_of_the_source_that_is_missing_is_named(home: Path, result: Path, tmp_path: Path) -> None:
+def test_a_tensor_of_the_source_that_is_missing_is_named(result: Path, tmp_path: Path) -> None:
     source = edited_source(tmp_path, lambda t: t.update({"model.extra.weight": torch.ones(3)}))
     _, problems = verify_against(str(result), str(source))
     assert [(p.kind, p.tensor) for p in problems] == [("tensor-missing", "model.extra.weight")]
 
 
-def test_a_tensor_that_the_source_does_not_have_is_named(home: Path, result: Path, tmp_path: Path) -> None:
+def test_a_tensor_that_the_source_does_not_have_is_named(result: Path, tmp_path: Path) -> None:
     source = edited_source(tmp_path, lambda t: [t.pop("model.norm.weight"), t.pop(f"{Q}.weight")])
     rows, problems = verify_against(str(result), str(source))
     assert kinds(problems) == {"tensor-unexpected"}
@@ -502,7 +525,7 @@ def test_a_tensor_that_the_source_does_not_have_is_named(home: Path, result: Pat
     assert len(rows) == 13
 
 
-def test_a_source_of_other_shapes_is_not_the_source(home: Path, result: Path, tmp_path: Path) -> None:
+def test_a_source_of_other_shapes_is_not_the_source(result: Path, tmp_path: Path) -> None:
     def change(tensors: dict[str, Tensor]) -> None:
         tensors[f"{Q}.weight"] = checkpoints.gaussian(1, 256, 128)
         tensors[f"{K}.weight"] = checkpoints.gaussian(1, 64)
@@ -515,7 +538,7 @@ def test_a_source_of_other_shapes_is_not_the_source(home: Path, result: Path, tm
     assert ("tensor-unexpected", f"{K}.weight_packed") in found
 
 
-def test_another_fine_tune_is_not_the_source(home: Path, result: Path, tmp_path: Path) -> None:
+def test_another_fine_tune_is_not_the_source(result: Path, tmp_path: Path) -> None:
     source = edited_source(tmp_path, lambda t: t.update({f"{Q}.weight": checkpoints.gaussian(99, 128, 128)}))
     _, problems = verify_against(str(result), str(source))
     assert {(p.kind, p.tensor) for p in problems} == {("error-too-large", Q), ("statistics-disagree", Q)}

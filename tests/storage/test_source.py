@@ -17,6 +17,7 @@ def source(tmp_path: Path) -> Path:
     return checkpoints.write(
         tmp_path / "src",
         checkpoints.deal(checkpoints.llama(), 3),
+        checkpoints.LLAMA,
         **{"tokenizer.json": "{}", "modeling.py": "", "LICENSE": ""},
     )
 

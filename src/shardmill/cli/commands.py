@@ -274,7 +274,7 @@ def _verify_lines(
             yield f"  {figures}  {show(row.module)[1:-1]} ({show(row.scheme)[1:-1]})"
         yield PROXY
     verdict = f"{count(len(problems), 'problem')} found" if problems else "no problem found"
-    yield f"{show(options.destination, 200)}: {verdict}, {read:,} bytes of shards read"
+    yield f"{show(options.destination, 200)}: {verdict}" + (f", {read:,} bytes of shards read" if read else "")
 
 
 def report(options: Options, console: Console) -> int:

@@ -6,7 +6,7 @@ Works for results of any tool that writes compressed-tensors; what loaders read 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 from shardmill.core.dtypes import CODES
@@ -18,7 +18,7 @@ from shardmill.core.manifest import Manifest, ManifestShard
 from shardmill.core.matching import CATCH_ALL, Matcher, split_name
 from shardmill.core.plan import COPY, SPLIT, SourceShard
 from shardmill.core.roles import role_of
-from shardmill.core.scheme import ActivationArgs, Scheme, WeightArgs, parse_weight_args
+from shardmill.core.scheme import ActivationArgs, Scheme, WeightArgs, parse_weight_args, weight_args_to_json
 from shardmill.errors import Problem, Refused, show
 
 CONFIG_NAME: Final = "config.json"
@@ -41,8 +41,11 @@ class WrittenGroup:
     """As written, for the group or for the whole checkpoint."""
     extras: frozenset[str]
     """Further params that its activations or its activation order bring along."""
-    entry: Mapping[str, Any] = field(repr=False)
-    """As written, with the format filled in."""
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What of it dequantizing takes, in the terms of compressed-tensors."""
+        return {"weights": weight_args_to_json(self.scheme.weights), "format": self.format}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +136,6 @@ def _parse_group(name: str, entry: Any, default_format: Any, problems: list[Prob
         scheme=scheme,
         format=written,
         extras=_extras(weights, activations),
-        entry=dict(entry) | {"format": written},
     )
 
 
