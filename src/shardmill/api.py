@@ -34,7 +34,8 @@ from shardmill.core.dtypes import COMPUTABLE
 from shardmill.core.experts import HALVES, parse_stack
 from shardmill.core.header import ShardHeader, TensorSpec, parse_json
 from shardmill.core.matching import Matcher, split_name
-from shardmill.core.plan import COPY, SPLIT, Checkpoint, ShardPlan, SourceShard, build_plan
+from shardmill.core.plan import COPY, SPLIT, Checkpoint, ShardPlan, SourceShard
+from shardmill.core.planner import build_plan
 from shardmill.core.recipe import EXPERT_LAYOUTS, Group, Recipe
 from shardmill.core.scheme import Scheme, preset
 from shardmill.errors import CheckpointInvalid, NonFiniteWeight, Problem, RecipeInvalid, Refused, refuse, show

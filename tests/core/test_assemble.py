@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from shardmill.core import assemble
 from shardmill.core.digest import Digest
 from shardmill.core.matching import Matcher
-from shardmill.core.plan import Plan, build_plan
+from shardmill.core.plan import Plan
+from shardmill.core.planner import build_plan
 from shardmill.core.receipt import BlobDigests, Receipt, WeightRecord, parse_receipt
 from shardmill.core.recipe import parse_recipe, uniform
 from shardmill.core.statistics import Statistics

@@ -4,7 +4,8 @@ import pytest
 
 from shardmill.core.checks import check_plan
 from shardmill.core.experts import Sizes, choose_layout, parse_stack, read_sizes
-from shardmill.core.plan import COPY, SPLIT, Plan, build_plan
+from shardmill.core.plan import COPY, SPLIT, Plan
+from shardmill.core.planner import build_plan
 from shardmill.core.recipe import uniform
 from strategies import checkpoint_of
 

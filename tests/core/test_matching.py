@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from shardmill.core.matching import Matcher, PatternSet
-from shardmill.core.plan import build_plan
+from shardmill.core.planner import build_plan
 from shardmill.core.recipe import Recipe, parse_recipe
 from shardmill.errors import RecipeInvalid
 from strategies import checkpoint_of, llama_table

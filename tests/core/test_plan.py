@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardmill.core.checks import check_plan, divisors
-from shardmill.core.plan import Checkpoint, ShardPlan, build_plan
+from shardmill.core.plan import Checkpoint, ShardPlan
+from shardmill.core.planner import build_plan
 from shardmill.core.recipe import parse_recipe, uniform
 from shardmill.core.scheme import PRESETS
 from strategies import checkpoint_of, llama_table, shard_of, splits

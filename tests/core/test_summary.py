@@ -14,7 +14,8 @@ from manifests import manifest_of
 from shardmill.core import assemble
 from shardmill.core.digest import Digest
 from shardmill.core.manifest import Totals, parse_manifest
-from shardmill.core.plan import Plan, build_plan
+from shardmill.core.plan import Plan
+from shardmill.core.planner import build_plan
 from shardmill.core.receipt import WeightRecord
 from shardmill.core.recipe import parse_recipe
 from shardmill.core.scheme import PRESETS, WeightArgs, preset

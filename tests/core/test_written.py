@@ -15,7 +15,8 @@ from shardmill.core import assemble
 from shardmill.core.header import ShardHeader, TensorSpec
 from shardmill.core.index import CheckpointIndex
 from shardmill.core.manifest import parse_manifest
-from shardmill.core.plan import Plan, SourceShard, build_plan
+from shardmill.core.plan import Plan, SourceShard
+from shardmill.core.planner import build_plan
 from shardmill.core.recipe import parse_recipe
 from shardmill.core.scheme import PRESETS
 from shardmill.core.written import (

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from shardmill.core.layout import WORD_BITS, Unit, rows_per_block
-from shardmill.core.plan import Plan, ShardPlan, build_plan
+from shardmill.core.plan import Plan, ShardPlan
+from shardmill.core.planner import build_plan
 from shardmill.core.recipe import Group, Recipe
 from shardmill.core.scheme import Scheme, preset
 from shardmill.core.statistics import Statistics

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardmill.core.plan import Plan, build_plan
+from shardmill.core.plan import Plan
+from shardmill.core.planner import build_plan
 from shardmill.core.recipe import Recipe
 from shardmill.storage.source import SourceFolder, local_path, open_source, read_checkpoint
 from shardmill.storage.store import FAST, Store, default_root
