@@ -232,3 +232,12 @@ def test_ignore_names_every_dense_linear_layer_and_the_head_that_is_not_there() 
     table = {n: e for n, e in TABLE.items() if n != "lm_head.weight"}
     plan = build_plan(checkpoint_of([table]), uniform("FP8_DYNAMIC", ignore=["model.layers.0.mlp.down_proj"]))
     assert plan.ignore == ("lm_head", "model.embed_tokens", "model.layers.0.mlp.down_proj")
+
+
+def test_blocks_that_do_not_tile_are_one_warning() -> None:
+    table = {"a.q.weight": ("BF16", (256, 128)), "b.q.weight": ("BF16", (64, 576)), "c.q.weight": ("BF16", (200, 128))}
+    plan = build_plan(checkpoint_of([table]), uniform("FP8_BLOCK"))
+    assert check_plan(plan) == []
+    assert [(w.kind, w.tensor) for w in plan.warnings] == [("partial-blocks", "b.q.weight")]
+    assert "nor 1 other" in plan.warnings[0].message
+    assert build_plan(checkpoint_of([table]), uniform("FP8_DYNAMIC")).warnings == ()

@@ -204,8 +204,35 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         left_out=checkpoint.left_out,
         ignore=tuple(sorted({*planner.linear_modules, *heads} - quantized)),
         problems=tuple(sorted(set(problems))),
-        warnings=tuple(sorted({*checkpoint.warnings, *planner.warnings})),
+        warnings=tuple(sorted({*checkpoint.warnings, *planner.warnings, *_partial_blocks(shards)})),
     )
+
+
+def _partial_blocks(shards: Iterable[ShardPlan]) -> list[Problem]:
+    """One warning for all weights that blocks do not tile; they are padded, and engines may refuse them."""
+    found = [
+        (shard.name, tensor.spec, block)
+        for shard in shards
+        for tensor in shard.tensors
+        if tensor.action == QUANTIZE and (block := shard.schemes[tensor.scheme].weights.block_structure)
+        if len(tensor.spec.shape) == 2 and any(n % size for n, size in zip(tensor.spec.shape, block, strict=True))
+    ]
+    if not found:
+        return []
+    name, spec, block = found[0]
+    message = (
+        f"blocks of {block[0]}x{block[1]} do not tile {list(spec.shape)}, nor {len(found) - 1} other weights;"
+        " they are padded, and engines may refuse partial blocks"
+    )
+    return [
+        Problem(
+            file=name,
+            tensor=spec.name,
+            kind="partial-blocks",
+            message=message,
+            way_out="take FP8_DYNAMIC if yours does",
+        )
+    ]
 
 
 def _first_units(tensor: TensorPlan, schemes: Sequence[Scheme]) -> Iterator[Unit]:
