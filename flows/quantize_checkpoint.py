@@ -32,7 +32,7 @@ from shardmill.orchestration import (
     uninspected,
     workbench,
 )
-from shardmill.stages.pipeline import cores
+from shardmill.stages.devices import cores
 from shardmill.stages.validate import refuse_problems
 from shardmill.storage.publish import is_free
 from shardmill.tasks.finalize import finalize_checkpoint, find_published

@@ -34,9 +34,10 @@ from shardmill.core.digest import digest_json
 from shardmill.core.outcome import ShardOutcome
 from shardmill.core.plan import ShardPlan
 from shardmill.errors import NAME_LIMIT, Interrupted, Refused, ShardmillError, SourceChanged
-from shardmill.stages.pipeline import RunOptions, limit_threads, resolve_devices
+from shardmill.stages.devices import DevicePool, resolve_devices
+from shardmill.stages.pipeline import RunOptions
 from shardmill.stages.plan import Locations
-from shardmill.stages.quantize import Controls, DevicePool, find_stored
+from shardmill.stages.quantize import Controls, find_stored
 from shardmill.storage.local import FileIdentity
 from shardmill.storage.source import SourceFolder
 from shardmill.storage.store import FULL, Store
@@ -87,11 +88,10 @@ class Workbench:
         return self._job.locations.open_source()
 
     def controls(self) -> Controls:
-        """Devices and the request to stop; made at the first miss, since naming devices takes torch."""
+        """Devices and the request to stop; made at the first miss, since naming devices may take torch."""
         with self._lock:
             if self._controls is None:
                 devices = resolve_devices(self._job.options.device, self._job.options.workers)
-                limit_threads(devices)
                 self._controls = Controls(DevicePool(devices), self.stop.is_set)
             return self._controls
 

@@ -18,9 +18,10 @@ from shardmill.core import layout
 from shardmill.core.recipe import Recipe, parse_recipe, uniform
 from shardmill.core.scheme import PRESETS
 from shardmill.errors import Interrupted, NonFiniteWeight, Refused, ShardFailures, SourceChanged
+from shardmill.stages.devices import DevicePool
 from shardmill.stages.pipeline import RunOptions, RunResult, Watcher, run
 from shardmill.stages.plan import Locations, make_plan
-from shardmill.stages.quantize import Controls, DevicePool, quantize_shard
+from shardmill.stages.quantize import Controls, quantize_shard
 
 CPU = RunOptions(device="cpu", workers=1)
 

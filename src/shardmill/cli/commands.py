@@ -83,7 +83,8 @@ def _job_lines(found: Plan, need: int) -> Iterator[str]:
 
 def run(options: Options, console: Console) -> int:
     """Quantize a checkpoint."""
-    from shardmill.stages.pipeline import RunOptions, check_devices
+    from shardmill.stages.devices import check_devices
+    from shardmill.stages.pipeline import RunOptions
     from shardmill.stages.pipeline import run as run_stages
     from shardmill.stages.plan import Locations
 

@@ -21,7 +21,7 @@ from shardmill.core.statistics import Statistics
 from shardmill.core.summary import FAR_ABOVE, typical_error
 from shardmill.core.written import Located, WrittenGroup, check_modules, code_shape, unsafe_names
 from shardmill.errors import Problem, Refused, show
-from shardmill.stages.pipeline import cores, limit_threads
+from shardmill.stages.devices import cores, limit_threads
 from shardmill.stages.result import Readers, Result, VerifyWatch, read_result, stored_shapes
 from shardmill.storage.source import SourceFolder, open_source, read_checkpoint
 

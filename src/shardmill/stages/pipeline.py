@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -13,10 +12,11 @@ from typing import Any
 from shardmill.core.outcome import ShardOutcome
 from shardmill.core.plan import Plan, ShardPlan
 from shardmill.core.recipe import Recipe
-from shardmill.errors import Interrupted, Problem, ShardFailures, show
+from shardmill.errors import Interrupted, ShardFailures
+from shardmill.stages.devices import DevicePool, resolve_devices
 from shardmill.stages.finalize import finalize, published_result
 from shardmill.stages.plan import Locations, make_plan
-from shardmill.stages.quantize import Controls, DevicePool, find_stored, quantize_shard
+from shardmill.stages.quantize import Controls, find_stored, quantize_shard
 from shardmill.stages.validate import refuse_problems, validate_locations, validate_plan
 from shardmill.storage.publish import is_free
 from shardmill.storage.source import SourceFolder
@@ -52,57 +52,6 @@ class Watcher:
     on_bytes: Callable[[int], None] = field(default=lambda _count: None)
     on_shard: Callable[[ShardOutcome], None] = field(default=lambda _outcome: None)
     on_failure: Callable[[str, BaseException], None] = field(default=lambda _shard, _error: None)
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
-def resolve_devices(device: str, workers: int) -> tuple[str, ...]:
-    """Name one entry per shard that may be computed at a time.
-
-    `auto` takes every accelerator that torch sees, else the CPU; `cuda:0,cuda:1` names some; `cpu` takes `workers`.
-    """
-    if device == "auto":
-        import torch  # takes seconds, and naming a device needs none of it
-
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        count = torch.accelerator.device_count() if accelerator is not None else 0
-        named = (
-            tuple(f"{accelerator.type}:{number}" for number in range(count)) if accelerator is not None else ("cpu",)
-        )
-    else:
-        named = tuple(part.strip() for part in device.split(",") if part.strip()) or ("cpu",)
-    return ("cpu",) * (workers or cores()) if named == ("cpu",) else named
-
-
-def check_devices(device: str) -> list[Problem]:
-    """Problems of a device list, as `resolve_devices` takes it, on this machine."""
-    names = [part.strip() for part in device.split(",") if part.strip()]
-    if all(name in ("auto", "cpu") for name in names):
-        return []
-    import torch  # takes seconds, and `auto` and `cpu` need none of it
-
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    count = torch.accelerator.device_count() if found is not None else 0
-    known = {"cpu"} | ({found.type} | {f"{found.type}:{number}" for number in range(count)} if found else set())
-    return [
-        Problem(
-            kind="device-missing",
-            message=f"device {show(name)} is not on this machine; found {', '.join(sorted(known))}",
-            way_out="set --device",
-        )
-        for name in dict.fromkeys(names)
-        if name not in known
-    ]
-
-
-def limit_threads(devices: Sequence[str]) -> None:
-    """Share the cores among the shards that are computed at a time."""
-    import torch  # takes seconds, and runs that only hit never need it
-
-    torch.set_num_threads(max(1, cores() // len(devices)))
 
 
 def run(
@@ -172,7 +121,6 @@ def _quantize_misses(
     stop: threading.Event, found: dict[str, ShardOutcome],
 ) -> list[tuple[str, BaseException]]:  # fmt: skip
     devices = resolve_devices(options.device, options.workers)
-    limit_threads(devices)
     controls = Controls(DevicePool(devices), stop.is_set, watch.on_bytes)
     failures: list[tuple[str, BaseException]] = []
     with ThreadPoolExecutor(len(devices), thread_name_prefix="shard") as pool:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import platform
-import queue
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
@@ -14,29 +13,11 @@ from shardmill.core.outcome import ShardOutcome
 from shardmill.core.plan import ShardPlan
 from shardmill.core.receipt import Receipt
 from shardmill.errors import Interrupted, SourceChanged, show
+from shardmill.stages.devices import DevicePool, limit_threads
 from shardmill.stages.validate import check_unchanged
 from shardmill.storage.local import FileIdentity, RangeReader
 from shardmill.storage.source import SourceFolder
 from shardmill.storage.store import Store
-
-
-class DevicePool:
-    """Devices that are lent to one shard at a time, and only after its cache check."""
-
-    def __init__(self, devices: tuple[str, ...]) -> None:
-        self.devices = devices
-        self._free: queue.SimpleQueue[str] = queue.SimpleQueue()
-        for device in devices:
-            self._free.put(device)
-
-    @contextmanager
-    def lend(self) -> Iterator[str]:
-        """Wait for a free device and give it back afterwards."""
-        device = self._free.get()
-        try:
-            yield device
-        finally:
-            self._free.put(device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +120,10 @@ def _identify(
 
 
 def _compute(shard: ShardPlan, key: str, sources: _Sources, store: Store, device: str, controls: Controls) -> Receipt:
-    from shardmill.kernels.shard import encode_shard  # torch takes seconds to import, and a hit never needs it
+    from shardmill.kernels.shard import encode_shard, needs_torch  # kernels take long to import, and a hit needs none
 
+    if needs_torch(shard, device):
+        limit_threads(controls.devices.devices)
     layout = shard.layout()
     header = layout.header()
     reported = 0
