@@ -32,6 +32,7 @@ coverage: .venv/stamp  ## branch coverage of the default tests; core must be com
 
 bench: .venv/stamp  ## measure speed and memory on this machine
 	$(BIN)/python tests/bench/bench.py
+	$(BIN)/python tests/bench/kernels.py
 
 check: lint types layers  ## lint, format, types, layers
 
