@@ -72,8 +72,10 @@ def _check_tensor(tensor: TensorPlan, schemes: tuple[Scheme, ...]) -> list[Probl
         return [problem]
     if tensor.scheme < 0:
         return []
-    unit = next(units_of(tensor, schemes), None)
-    return _check_width(tensor, schemes[tensor.scheme], unit.cols if unit else 0)
+    if tensor.action == SPLIT:
+        unit = next(units_of(tensor, schemes), None)
+        return _check_width(tensor, schemes[tensor.scheme], unit.cols if unit else 0)
+    return _check_width(tensor, schemes[tensor.scheme], spec.shape[1])
 
 
 def _check_halves(tensor: TensorPlan) -> Problem | None:

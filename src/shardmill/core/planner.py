@@ -6,7 +6,7 @@ Names and numbers in, a value out; nothing is opened and nothing is raised.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -14,9 +14,8 @@ from shardmill.core.dtypes import CODES, COMPUTABLE
 from shardmill.core.experts import Sizes, Stack, choose_layout, parse_stack, read_sizes
 from shardmill.core.fused import fused_sets, is_fusable
 from shardmill.core.header import TensorSpec
-from shardmill.core.layout import Unit
 from shardmill.core.matching import Matcher, split_name
-from shardmill.core.plan import COPY, QUANTIZE, SPLIT, Checkpoint, Plan, ShardPlan, TensorPlan, TensorRef, units_of
+from shardmill.core.plan import COPY, QUANTIZE, SPLIT, Checkpoint, Plan, ShardPlan, TensorPlan, TensorRef
 from shardmill.core.recipe import Recipe
 from shardmill.core.roles import Role, role_of, runtime_heads
 from shardmill.core.scheme import Scheme
@@ -191,9 +190,8 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         *_check_coverage(planner, shards, heads),
     ]
     problems += _check_config(checkpoint)
-    quantized = {
-        unit.module for shard in shards for t in shard.tensors if t.scheme >= 0 for unit in _first_units(t, schemes)
-    }
+    # The names of a split stack's experts never collide with modules that stay dense.
+    quantized = {split_name(t.spec.name)[0] for shard in shards for t in shard.tensors if t.action == QUANTIZE}
     return Plan(
         recipe=recipe,
         shards=shards,
@@ -233,12 +231,6 @@ def _partial_blocks(shards: Iterable[ShardPlan]) -> list[Problem]:
             way_out="take FP8_DYNAMIC if yours does",
         )
     ]
-
-
-def _first_units(tensor: TensorPlan, schemes: Sequence[Scheme]) -> Iterator[Unit]:
-    """A plain weight's only unit; a stack's names never collide with modules that stay dense."""
-    if tensor.action == QUANTIZE and len(tensor.spec.shape) == 2:
-        yield from units_of(tensor, schemes)
 
 
 def _stack_layouts(checkpoint: Checkpoint, sizes: Sizes, recipe: Recipe) -> dict[str, str | None]:
