@@ -22,6 +22,7 @@ from shardmill.core.summary import human_bytes, summarize
 from shardmill.errors import Interrupted, Problem, Refused, ShardFailures
 from shardmill.flows import artifacts
 from shardmill.flows.parameters import QuantizeRequest
+from shardmill.kernels.threads import cores
 from shardmill.orchestration import (
     Job,
     Threads,
@@ -32,7 +33,6 @@ from shardmill.orchestration import (
     uninspected,
     workbench,
 )
-from shardmill.stages.devices import cores
 from shardmill.stages.validate import refuse_problems
 from shardmill.storage.publish import is_free
 from shardmill.tasks.finalize import finalize_checkpoint, find_published

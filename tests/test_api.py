@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import shardmill
+from blocks import row_blocks
 from shardmill import api, process_file, process_file_microscale_scheme, split_fused_moe_experts, validate_file
 from shardmill.core.header import encode_header
 from shardmill.core.scheme import PRESETS
@@ -320,16 +321,15 @@ def test_the_result_does_not_depend_on_the_files_that_hold_the_tensors(
 
 
 @pytest.mark.parametrize("scheme", ["W4A16_ASYM", "FP8_BLOCK", "NVFP4A16"])
-def test_the_result_does_not_depend_on_row_blocks(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_result_does_not_depend_on_row_blocks(scheme: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt_oss", **SIZES}))
     tensors = {Q: random(300, 256, seed=1), K: random(300, 256, seed=2), NORM: random(3000, seed=3)}
     tensors |= {f"{EXPERTS}.gate_up_proj": random(2, 128, 512, seed=4)}
     path = Path(store(tmp_path / "a.safetensors", tensors))
     call(path, tmp_path / "whole", scheme)
-    for module in ("core.layout", "kernels.shard"):
-        monkeypatch.setattr(f"shardmill.{module}.BLOCK_BYTES", 2000)
 
-    call(path, tmp_path / "blocks", scheme)
+    with row_blocks(2000):
+        call(path, tmp_path / "blocks", scheme)
 
     assert contents(tmp_path / "blocks") == contents(tmp_path / "whole")
 

@@ -480,12 +480,12 @@ def _write(
     header = layout.header()
     with operation("create", target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
-    with FileWriter(target, len(header) + layout.data_bytes) as writer:
+    with FileWriter(target.parent, len(header) + layout.data_bytes) as writer:
         writer.write(memoryview(header))
         try:
             encode_shard(shard, source.read, writer.write, device=device)
         except NonFiniteWeight as error:
             raise NonFiniteWeight(source.locate(error.problems)) from error
         stack.close()
-        writer.commit()
+        writer.commit(target)
     return layout.data_bytes, {placed.spec.name: target.name for placed in layout.placed}

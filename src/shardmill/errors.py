@@ -7,6 +7,7 @@
     │   ├── DestinationInvalid            the destination cannot take this result
     │   └── NonFiniteWeight               NaN or Inf in a tensor that is to be quantized
     ├── SourceChanged                     the source changed between plan and read
+    ├── DeviceExhausted                   an accelerator has no room for even the smallest row block
     ├── StorageFailed (OSError)           a storage operation failed; names operation and path
     ├── ShardFailures                     some shards failed; the others are in the store
     ├── Interrupted                       stopped on request; finished shards stay in the store
@@ -96,6 +97,10 @@ class SourceChanged(ShardmillError):
 
 class StorageFailed(ShardmillError, OSError):
     """A storage operation failed; the message names operation and path."""
+
+
+class DeviceExhausted(ShardmillError):
+    """An accelerator has no room for even the smallest row block."""
 
 
 class Interrupted(ShardmillError):

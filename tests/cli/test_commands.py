@@ -36,9 +36,9 @@ STRIKE = """
 import os, sys
 from shardmill.storage.store import Store
 put, count = Store.put_receipt, 0
-def strike(self, receipt):
+def strike(self, receipt, shape):
     global count
-    put(self, receipt)
+    put(self, receipt, shape)
     count += 1
     if count == {count}:
         os.kill(os.getpid(), {signal})

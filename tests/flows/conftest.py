@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prefect.settings import (
@@ -16,7 +17,6 @@ from prefect.testing.utilities import prefect_test_harness
 
 import checkpoints
 from served import Ask
-from shardmill.core.plan import ShardPlan
 from shardmill.core.receipt import Receipt
 from shardmill.flows.parameters import QuantizeRequest
 from shardmill.stages import quantize
@@ -53,9 +53,9 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     compute = quantize._compute
 
-    def note(shard: ShardPlan, *args: object) -> Receipt:
-        names.append(shard.name)
-        return compute(shard, *args)  # type: ignore[arg-type]  # passed on as it came
+    def note(sources: quantize._Sources, *args: Any) -> Receipt:
+        names.append(sources.shard.name)
+        return compute(sources, *args)
 
     monkeypatch.setattr(quantize, "_compute", note)
     return names

@@ -79,13 +79,13 @@ from shardmill.storage import local, store
 store._FRESH_NS = 0
 commit, count = local.FileWriter.commit, 0
 
-def commit_or_die(self, **options):
+def commit_or_die(self, target, **options):
     global count
-    if self.target.name.endswith(".safetensors"):
+    if target.name.endswith(".safetensors"):
         count += 1
         if count == 3:
             os.kill(os.getpid(), signal.SIGKILL)
-    return commit(self, **options)
+    return commit(self, target, **options)
 
 local.FileWriter.commit = commit_or_die
 quantize_checkpoint(QuantizeRequest.model_validate_json(sys.argv[1]))
@@ -112,7 +112,7 @@ def test_a_killed_run_goes_on_where_it_was(ask: Ask, tmp_path: Path, computed: l
 
 def test_a_full_disk_leaves_no_temporary_file(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: FileWriter, data: memoryview) -> None:
-        raise OSError(28, "No space left on device", str(self.target), None, str(len(data)))
+        raise OSError(28, "No space left on device", str(self), None, str(len(data)))
 
     monkeypatch.setattr(FileWriter, "write", full)
 

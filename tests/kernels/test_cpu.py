@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import checkpoints
+from blocks import row_blocks
 from kernels.oracle import INPUTS, SOURCES, sample
 from shardmill.core.dtypes import scale_dtype_for
 from shardmill.core.plan import ShardPlan
@@ -30,7 +31,8 @@ from shardmill.core.scheme import PRESETS, ActivationArgs, Scheme, WeightArgs
 from shardmill.core.statistics import Extent
 from shardmill.errors import NonFiniteWeight
 from shardmill.kernels import cpu, reference
-from shardmill.kernels.shard import KERNELS_VARIABLE, encode_shard, needs_torch
+from shardmill.kernels.lanes import KERNELS_VARIABLE, needs_torch
+from shardmill.kernels.shard import encode_shard
 from shardmill.stages.devices import may_have_accelerator
 from shardmill.stages.plan import Locations, make_plan
 
@@ -361,7 +363,7 @@ def stacked_experts() -> dict[str, Tensor]:
 GPT_OSS = {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "intermediate_size": 256}
 
 
-@pytest.mark.parametrize("blocks", [32 << 20, 9000])
+@pytest.mark.parametrize("blocks", [4 << 20, 9000])
 @pytest.mark.parametrize("scheme", ["FP8_BLOCK", "W3A16", "W4A16_ASYM", "NVFP4A16", "MXFP4"])
 @pytest.mark.parametrize("is_stack", [False, True])
 def test_both_kernels_write_the_same_shard(
@@ -373,13 +375,12 @@ def test_both_kernels_write_the_same_shard(
 ) -> None:
     tensors, config = (stacked_experts(), GPT_OSS) if is_stack else (checkpoints.llama(), {})
     shard, file = planned(tmp_path / "source", tensors, scheme, **config)
-    for module in ("core.layout", "kernels.shard"):
-        monkeypatch.setattr(f"shardmill.{module}.BLOCK_BYTES", blocks)
     found = []
     for kernels in ("cpu", "reference"):
         monkeypatch.setenv(KERNELS_VARIABLE, kernels)
         assert needs_torch(shard, "cpu") == (kernels == "reference")
-        found.append(encoded(shard, file))
+        with row_blocks(blocks):
+            found.append(encoded(shard, file))
     assert found[0] == found[1]
     assert found[0][1]
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import checkpoints
+from blocks import row_blocks
 from kernels.oracle import expected
-from shardmill.core import layout
 from shardmill.core.recipe import Recipe, parse_recipe, uniform
 from shardmill.core.scheme import PRESETS
 from shardmill.errors import Interrupted, NonFiniteWeight, Refused, ShardFailures, SourceChanged
@@ -62,9 +62,7 @@ def test_row_blocks_do_not_change_a_byte(
 ) -> None:
     tensors = {"m.o_proj.weight": checkpoints.gaussian(rows, rows, 128)}
     one = checkpoints.as_bytes(result_of(tmp_path_factory.mktemp("one"), tensors, uniform(scheme)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layout, "BLOCK_BYTES", kib << 10)
-        patch.setattr("shardmill.kernels.shard.BLOCK_BYTES", kib << 10)
+    with row_blocks(kib << 10):
         many = checkpoints.as_bytes(result_of(tmp_path_factory.mktemp("many"), tensors, uniform(scheme)))
     assert many == one
 

@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import checkpoints
-from shardmill.core import layout
 from shardmill.core.recipe import parse_recipe
 from shardmill.core.scheme import PRESETS
 from shardmill.errors import CheckpointInvalid, Problem, Refused
@@ -169,7 +168,6 @@ def test_row_blocks_do_not_change_a_figure(tmp_path: Path, monkeypatch: pytest.M
     source = checkpoints.write(tmp_path / "source", [tensors])
     destination = convert(source, tmp_path / "result", {"scheme": scheme})
     whole, _ = verify_against(str(destination), str(source))
-    monkeypatch.setattr(layout, "BLOCK_BYTES", 100)
     monkeypatch.setattr("shardmill.stages.result.BLOCK_BYTES", 100)
     assert verify(str(destination)) == []
     parts, problems = verify_against(str(destination), str(source))

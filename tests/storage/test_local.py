@@ -22,10 +22,10 @@ def leftovers(folder: Path) -> list[str]:
 
 def test_a_committed_file_has_its_bytes_digests_and_mode(tmp_path: Path) -> None:
     data = os.urandom(3_000_000)
-    with FileWriter(tmp_path / "a", len(data)) as writer:
+    with FileWriter(tmp_path, len(data)) as writer:
         for begin in range(0, len(data), 700_001):
             writer.write(memoryview(data)[begin : begin + 700_001])
-        digests = writer.commit()
+        digests = writer.commit(tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == data
     assert digests.whole.value == blake3(data).hexdigest()
     umask = os.umask(0)
@@ -43,10 +43,10 @@ def test_streamed_digests_equal_those_of_the_file(
     data = os.urandom(size)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(local, "EDGE_BYTES", edge)
-        with FileWriter(folder / "a", size) as writer:
+        with FileWriter(folder, size) as writer:
             for begin in range(0, size, cut):
                 writer.write(memoryview(data)[begin : begin + cut])
-            digests = writer.commit()
+            digests = writer.commit(folder / "a")
         assert hash_file(folder / "a")[0] == digests
         assert hash_edges(folder / "a") == (digests.head, digests.tail)
     assert digests.head.value == blake3(data[:edge]).hexdigest()
@@ -55,16 +55,16 @@ def test_streamed_digests_equal_those_of_the_file(
 
 @pytest.mark.parametrize("written", [0, 3, 7, 9])
 def test_too_few_or_too_many_bytes_are_never_committed(tmp_path: Path, written: int) -> None:
-    with FileWriter(tmp_path / "a", 8) as writer:
+    with FileWriter(tmp_path, 8) as writer:
         writer.write(memoryview(b"x" * written))
         with pytest.raises(StorageFailed, match="8 bytes announced"):
-            writer.commit()
+            writer.commit(tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
     def fail() -> None:
-        with FileWriter(tmp_path / "a", 8) as writer:
+        with FileWriter(tmp_path, 8) as writer:
             writer.write(memoryview(b"1234"))
             raise KeyboardInterrupt
 
@@ -80,18 +80,18 @@ def test_a_full_disk_is_told_with_operation_and_path_and_leaves_nothing(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
-    with pytest.raises(StorageFailed, match=r"allocate .*a.*No space left"):
-        FileWriter(tmp_path / "a", 8)
+    with pytest.raises(StorageFailed, match=r"allocate .*\.tmp.*No space left"):
+        FileWriter(tmp_path, 8)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_temporary_files_of_dead_writers_are_removed_and_of_living_ones_kept(tmp_path: Path) -> None:
     (tmp_path / ".old.abcdef.tmp").write_bytes(b"dead")
     (tmp_path / "other.tmp").write_bytes(b"not ours")
-    with FileWriter(tmp_path / "a", 1) as writer:
+    with FileWriter(tmp_path, 1) as writer:
         assert remove_dead_temporaries(tmp_path) == 1
         writer.write(memoryview(b"x"))
-        writer.commit()
+        writer.commit(tmp_path / "a")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "other.tmp"]
 
 

@@ -23,11 +23,11 @@ def store(tmp_path: Path) -> Store:
 
 
 def put(store: Store, key: str, data: bytes = DATA) -> Receipt:
-    with store.writer(key, len(data)) as writer:
+    with store.writer(len(data)) as writer:
         writer.write(memoryview(data))
-        blob = writer.commit(read_only=True)
+        blob = writer.commit(store.blob_path(key), read_only=True)
     receipt = Receipt(key=key, blob=blob, tensors=("a",), weights=(), producer=())
-    store.put_receipt(receipt)
+    store.put_receipt(receipt, shape="s")
     return receipt
 
 

@@ -18,8 +18,6 @@ from shardmill.core.scheme import Scheme, WeightArgs
 
 WORD_BITS: Final = 32
 _SCALAR_BYTES: Final = 16
-BLOCK_BYTES: Final = 32 << 20
-"""Target size of a row block in source bytes: memory per worker is a small multiple of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +84,10 @@ def row_alignment(args: WeightArgs) -> int:
     return lcm(WORD_BITS, args.block_structure[0] if args.block_structure else 1)
 
 
-def rows_per_block(unit: Unit, args: WeightArgs) -> int:
-    """Rows of one row block: about `BLOCK_BYTES` of source, a multiple of `row_alignment`."""
+def rows_per_block(unit: Unit, args: WeightArgs, block_bytes: int) -> int:
+    """Rows of one row block: about `block_bytes` of source, a multiple of `row_alignment`."""
     step = row_alignment(args)
-    return max(step, BLOCK_BYTES // max(1, unit.row_bytes) // step * step)
+    return max(step, block_bytes // max(1, unit.row_bytes) // step * step)
 
 
 def scale_shape(args: WeightArgs, rows: int, cols: int) -> tuple[int, ...]:

@@ -131,6 +131,10 @@ class ShardPlan:
             "header": hashlib.sha256(self.layout().header()).hexdigest(),
         }
 
+    def shape(self) -> str:
+        """Name the work without its sources: only jobs of one shape can have one key."""
+        return digest_json(self.job())
+
     def job_key(self, digests: Mapping[str, str]) -> str:
         """Name the work by content: SHA-256 over the job and the digests of the shards it reads.
 

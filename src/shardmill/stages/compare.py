@@ -21,8 +21,9 @@ from shardmill.core.statistics import Statistics
 from shardmill.core.summary import FAR_ABOVE, typical_error
 from shardmill.core.written import Located, WrittenGroup, check_modules, code_shape, unsafe_names
 from shardmill.errors import Problem, Refused, show
-from shardmill.stages.devices import cores, limit_threads
-from shardmill.stages.result import Readers, Result, VerifyWatch, read_result, stored_shapes
+from shardmill.kernels.threads import cores
+from shardmill.stages.devices import limit_threads
+from shardmill.stages.result import BLOCK_BYTES, Readers, Result, VerifyWatch, read_result, stored_shapes
 from shardmill.storage.source import SourceFolder, open_source, read_checkpoint
 
 if TYPE_CHECKING:
@@ -273,7 +274,7 @@ class _Comparer:
             self._report(unit, unit.module, "shape-differs", message)
             return None
         found = Statistics()
-        step = rows_per_block(unit, scheme.weights)
+        step = rows_per_block(unit, scheme.weights, BLOCK_BYTES)
         for first in range(0, unit.rows, step):
             count = min(step, unit.rows - first)
             restored = self._restored(unit, group, first, count)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from shardmill.errors import Problem, show
+from shardmill.kernels.threads import cores
 
 
 class DevicePool:
@@ -32,11 +32,6 @@ class DevicePool:
             self._free.put(device)
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 _DEVICE_FILES: Final = (
     "nvidia*",
     "dxg",
@@ -50,6 +45,11 @@ _DEVICE_FILES: Final = (
 """What the drivers of accelerators put under /dev: NVIDIA (dxg: under Windows), AMD, Intel and others."""
 
 
+_LEAST_SHARDS: Final = 2
+_CORES_PER_SHARD: Final = 4
+"""Cores that one shard keeps busy: its bytes are read, hashed and written in order."""
+
+
 def may_have_accelerator(devices: Path = Path("/dev")) -> bool:
     """Whether asking torch for accelerators is worth the seconds of its import: never without a device file."""
     return not sys.platform.startswith("linux") or any(any(devices.glob(pattern)) for pattern in _DEVICE_FILES)
@@ -58,7 +58,8 @@ def may_have_accelerator(devices: Path = Path("/dev")) -> bool:
 def resolve_devices(device: str, workers: int) -> tuple[str, ...]:
     """Name one entry per shard that may be computed at a time.
 
-    `auto` takes every accelerator that torch sees, else the CPU; `cuda:0,cuda:1` names some; `cpu` takes `workers`.
+    `auto` takes every accelerator that torch sees, else the CPU; `cuda:0,cuda:1` names some; `cpu` takes `workers`,
+    whose row blocks all cores share.
     """
     if device == "auto" and not may_have_accelerator():
         named: tuple[str, ...] = ("cpu",)
@@ -72,7 +73,7 @@ def resolve_devices(device: str, workers: int) -> tuple[str, ...]:
         )
     else:
         named = tuple(part.strip() for part in device.split(",") if part.strip()) or ("cpu",)
-    return ("cpu",) * (workers or cores()) if named == ("cpu",) else named
+    return ("cpu",) * (workers or max(_LEAST_SHARDS, -(-cores() // _CORES_PER_SHARD))) if named == ("cpu",) else named
 
 
 def check_devices(device: str) -> list[Problem]:

@@ -123,7 +123,8 @@ def _quantize_misses(
     devices = resolve_devices(options.device, options.workers)
     controls = Controls(DevicePool(devices), stop.is_set, watch.on_bytes)
     failures: list[tuple[str, BaseException]] = []
-    with ThreadPoolExecutor(len(devices), thread_name_prefix="shard") as pool:
+    # one more than devices: while a finished shard waits for its disk, the next is computed
+    with ThreadPoolExecutor(len(devices) + 1, thread_name_prefix="shard") as pool:
         pending: dict[Future[ShardOutcome], str] = {
             pool.submit(quantize_shard, shard, source, store, controls): shard.name for shard in misses
         }

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
+from shardmill.core.digest import Digest
 from shardmill.core.outcome import ShardOutcome
 from shardmill.core.plan import ShardPlan
 from shardmill.core.receipt import Receipt
 from shardmill.errors import Interrupted, SourceChanged, show
 from shardmill.stages.devices import DevicePool, limit_threads
 from shardmill.stages.validate import check_unchanged
-from shardmill.storage.local import FileIdentity, RangeReader
+from shardmill.storage.local import FileIdentity, RangeReader, SourceHash
 from shardmill.storage.source import SourceFolder
 from shardmill.storage.store import Store
 
@@ -32,56 +33,114 @@ class Controls:
 
 @dataclass(slots=True)
 class _Sources:
-    """Open source shards of one job, all of them in the state that was digested."""
+    """Open source shards of one job; each stays in the state in which it was first met."""
 
+    shard: ShardPlan
     source: SourceFolder
-    identities: Mapping[str, FileIdentity]
     stack: ExitStack
-    own: str
     on_bytes: Callable[[int], None]
+    identities: dict[str, FileIdentity] = field(default_factory=dict)
+    digests: dict[str, Digest] = field(default_factory=dict)
     readers: dict[str, RangeReader] = field(default_factory=dict)
-    bytes_read: int = 0
+    hash: SourceHash | None = None
+    """Of the shard itself, while its digest is not known."""
+    reported: int = 0
 
-    def read(self, shard: str, offset: int, view: memoryview) -> None:
+    def learn(self, name: str, store: Store, stop: Callable[[], bool]) -> int:
+        """Take the digest of a source shard, remembered or read; returns the bytes that were read for it."""
+        digest, identity, was_read = store.source_digest(self.source.path(name), stop=stop)
+        if stop():
+            raise _interrupted()
+        self.identities[name], self.digests[name] = identity, digest
+        return identity.size if was_read else 0
+
+    def open(self, name: str) -> RangeReader:
+        """Open a source shard.
+
+        Raises:
+            SourceChanged: it is not in the state that was digested.
+        """
+        if name not in self.readers:
+            reader = self.stack.enter_context(self.source.open(name))
+            if reader.identity != self.identities.setdefault(name, reader.identity):
+                raise SourceChanged(f"{show(name)} changed after its digest was taken; run again")
+            self.readers[name] = reader
+        return self.readers[name]
+
+    def read(self, name: str, offset: int, view: memoryview) -> None:
         """Read bytes of a source shard."""
-        if shard not in self.readers:
-            reader = self.stack.enter_context(self.source.open(shard))
-            if reader.identity != self.identities[shard]:
-                raise SourceChanged(f"{show(shard)} changed after its digest was taken; run again")
-            self.readers[shard] = reader
-        self.readers[shard].read_into(offset, view)
-        self.bytes_read += len(view)
+        self.open(name).read_into(offset, view)
+        if name != self.shard.name:
+            return
+        if self.hash is not None:
+            self.hash.cover(offset, view)
+        fresh = min(len(view), self.shard.size - self.reported)
+        self.reported += fresh
+        self.on_bytes(fresh)
+
+    def close(self) -> None:
+        """Complete the digests and close every file.
+
+        Raises:
+            SourceChanged: one is not what it was when it was opened.
+        """
+        if self.hash is not None:
+            self.digests[self.shard.name] = self.hash.finish()
+        self.stack.close()
+        self.on_bytes(self.shard.size - self.reported)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from all of them."""
+        return sum(reader.bytes_read for reader in self.readers.values())
+
+    @property
+    def key(self) -> str:
+        """The job key."""
+        return self.shard.job_key({name: str(digest) for name, digest in self.digests.items()})
+
+
+def _interrupted() -> Interrupted:
+    return Interrupted("stopped on request; finished shards stay in the store, run again to go on")
 
 
 def quantize_shard(shard: ShardPlan, source: SourceFolder, store: Store, controls: Controls) -> ShardOutcome:
     """Make sure that the store holds the result of one shard.
 
+    Where the digest of the shard is not known, and no job of its shape has a result that could be found by it, the
+    source is hashed while it is quantized: so it is read once.
+
     Raises:
         SourceChanged: a source file is not the planned one, or changes meanwhile.
         NonFiniteWeight: NaN or Inf in a weight that is to be quantized.
+        DeviceExhausted: an accelerator has no room for the smallest row block.
         StorageFailed: reading or writing failed.
         Interrupted: stopped on request.
     """
     started = time.monotonic()
-    identities, digests, hashed = _identify(shard, source, store, controls)
-    key = shard.job_key(digests)
-    receipt = store.lookup(key)
-    is_hit = receipt is not None
-    read = 0
-    if receipt is None:
-        with controls.devices.lend() as device, ExitStack() as stack:
-            sources = _Sources(source, identities, stack, shard.name, controls.on_bytes)
-            receipt = _compute(shard, key, sources, store, device, controls)
-            read = sources.bytes_read
-        store.put_receipt(receipt)
-    else:
-        controls.on_bytes(shard.size)
+    with ExitStack() as stack:
+        sources = _Sources(shard, source, stack, controls.on_bytes)
+        shape = shard.shape()
+        hashed = sum(
+            sources.learn(name, store, controls.should_stop)
+            for name in shard.sources
+            if name != shard.name or store.may_hold(shape) or store.known_digest(source.path(name)) is not None
+        )
+        if controls.should_stop():
+            raise _interrupted()
+        receipt = store.lookup(sources.key) if shard.name in sources.digests else None
+        is_hit = receipt is not None
+        if receipt is None:
+            receipt = _compute(sources, store, controls)
+            store.put_receipt(receipt, shape)
+        else:
+            controls.on_bytes(shard.size)
     return ShardOutcome(
         shard=shard.name,
         receipt=receipt,
         is_hit=is_hit,
-        sources=tuple(digests.items()),
-        bytes_read=read + hashed,
+        sources=tuple((name, str(sources.digests[name])) for name in shard.sources),
+        bytes_read=sources.bytes_read + hashed,
         seconds=time.monotonic() - started,
     )
 
@@ -98,49 +157,49 @@ def find_stored(shard: ShardPlan, source: SourceFolder, store: Store) -> ShardOu
     )
 
 
-def _identify(
-    shard: ShardPlan, source: SourceFolder, store: Store, controls: Controls
-) -> tuple[dict[str, FileIdentity], dict[str, str], int]:
-    """Digest of every source shard of the job; the header is compared with the plan under the same identity."""
-    identities: dict[str, FileIdentity] = {}
-    digests: dict[str, str] = {}
-    hashed = 0
-    for name in shard.sources:
-        digest, identity, was_read = store.source_digest(source.path(name), stop=controls.should_stop)
-        if controls.should_stop():
-            raise Interrupted("stopped on request; finished shards stay in the store, run again to go on")
-        identities[name], digests[name] = identity, str(digest)
-        hashed += identity.size if was_read else 0
+def _open_unchanged(sources: _Sources) -> None:
+    """Open the shard and compare headers with the plan, all under the identities that the digests belong to."""
+    shard, source = sources.shard, sources.source
+    reader = sources.open(shard.name)
+    if shard.name not in sources.digests:
+        sources.hash = SourceHash(reader)
     for problem in check_unchanged(shard, source):
         raise SourceChanged(str(problem))
-    for name, identity in identities.items():
+    for name, identity in sources.identities.items():
         if FileIdentity.of(source.path(name), source.path(name).stat()) != identity:
             raise SourceChanged(f"{show(name)} changed after its digest was taken; run again")
-    return identities, digests, hashed
 
 
-def _compute(shard: ShardPlan, key: str, sources: _Sources, store: Store, device: str, controls: Controls) -> Receipt:
-    from shardmill.kernels.shard import encode_shard, needs_torch  # kernels take long to import, and a hit needs none
+def _compute(sources: _Sources, store: Store, controls: Controls) -> Receipt:
+    from shardmill.kernels.lanes import needs_torch  # kernels take long to import, and a hit needs none
+    from shardmill.kernels.shard import encode_shard
 
-    if needs_torch(shard, device):
-        limit_threads(controls.devices.devices)
+    shard = sources.shard
     layout = shard.layout()
     header = layout.header()
-    reported = 0
-
-    def read(name: str, offset: int, view: memoryview) -> None:
-        nonlocal reported
-        sources.read(name, offset, view)
-        if name == shard.name and (fresh := min(len(view), shard.size - reported)) > 0:
-            reported += fresh
-            controls.on_bytes(fresh)
-
-    with store.writer(key, len(header) + layout.data_bytes) as writer:
-        writer.write(memoryview(header))
-        weights = encode_shard(shard, read, writer.write, device=device, should_stop=controls.should_stop)
-        sources.stack.close()
-        blob = writer.commit(read_only=True)
-    controls.on_bytes(shard.size - reported)
+    with controls.devices.lend() as device:
+        if needs_torch(shard, device):
+            limit_threads(controls.devices.devices)
+        _open_unchanged(sources)
+        writer = store.writer(len(header) + layout.data_bytes)
+        try:
+            writer.write(memoryview(header))
+            weights = encode_shard(
+                shard,
+                sources.read,
+                writer.write,
+                device=device,
+                should_stop=controls.should_stop,
+                new_scratch=store.new_scratch,
+            )
+        except BaseException:
+            writer.abort()
+            raise
+    with writer:  # others compute while this one waits for its disk
+        sources.close()
+        store.remember(sources.identities[shard.name], sources.digests[shard.name])
+        key = sources.key
+        blob = writer.commit(store.blob_path(key), read_only=True)
     return Receipt(
         key=key,
         blob=blob,

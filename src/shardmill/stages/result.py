@@ -10,7 +10,6 @@ from typing import Final
 
 from shardmill.core.assemble import MANIFEST_NAME
 from shardmill.core.header import parse_json
-from shardmill.core.layout import BLOCK_BYTES
 from shardmill.core.manifest import Manifest, parse_manifest
 from shardmill.core.plan import Checkpoint
 from shardmill.core.written import Located, WrittenConfig, parse_written_config, quantized_modules
@@ -18,6 +17,8 @@ from shardmill.errors import CheckpointInvalid, Problem
 from shardmill.storage.local import RangeReader
 from shardmill.storage.source import SourceFolder, open_source, read_checkpoint
 
+BLOCK_BYTES: Final = 32 << 20
+"""Bytes of a tensor that are read at a time."""
 _MANIFEST_LIMIT: Final = 512_000_000
 """Bytes; a hundred thousand tensors take about 50 MB."""
 

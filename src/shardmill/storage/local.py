@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import fcntl
+import mmap
 import os
+import queue
 import secrets
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Self, cast
 
 from blake3 import blake3
 
@@ -21,6 +26,16 @@ from shardmill.errors import SourceChanged, StorageFailed, show
 EDGE_BYTES: Final = 64_000_000
 """Length of the first and last block whose digests a receipt holds."""
 _CHUNK_BYTES: Final = 4 << 20
+_AHEAD_BYTES: Final = 32 << 20
+"""How far the disk reads ahead of what is asked for."""
+_FLUSH_BYTES: Final = 16 << 20
+"""Written bytes after which the kernel is asked to put them on the disk."""
+_SYNC_FILE_RANGE_WRITE: Final = 2
+_DIRECT_BYTES: Final = 4 << 20
+_DIRECT_BLOCKS: Final = 4
+"""What a file that is written past the page cache may have on its way to the disk."""
+_ALIGNMENT: Final = 4096
+"""Of memory, offsets and lengths that bypass the page cache; a multiple of every disk's block."""
 _TEMPORARY: Final = ".tmp"
 
 
@@ -57,6 +72,9 @@ class RangeReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.bytes_read = 0
+        self._ahead = 0
+        """Up to where the kernel was asked to read."""
         with operation("open", path):
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         self.identity = FileIdentity.of(path, os.fstat(self._fd))
@@ -78,6 +96,7 @@ class RangeReader:
         Raises:
             SourceChanged: the file ends before the view is full.
         """
+        self._read_ahead(offset + len(view))
         done = 0
         while done < len(view):
             with operation("read", self.path):
@@ -87,6 +106,15 @@ class RangeReader:
                     f"{show(str(self.path), 200)} ends at byte {offset + done}; it was longer when planned"
                 )
             done += count
+        self.bytes_read += done
+
+    def _read_ahead(self, end: int) -> None:
+        """Let the disk fetch what will be asked for soon, while what was asked for is worked on."""
+        if end > self._ahead or end < self._ahead - 2 * _AHEAD_BYTES:
+            self._ahead = end
+        if end > self._ahead - _AHEAD_BYTES // 2 and self._ahead < self.identity.size:
+            os.posix_fadvise(self._fd, self._ahead, end + _AHEAD_BYTES - self._ahead, os.POSIX_FADV_WILLNEED)
+            self._ahead = end + _AHEAD_BYTES
 
 
 class _Hashes:
@@ -95,35 +123,186 @@ class _Hashes:
     def __init__(self, size: int) -> None:
         self.size = size
         self._seen = 0
-        self._whole, self._head, self._tail = blake3(), blake3(), blake3()
+        self._whole, self._tail = blake3(), blake3()
+        self._head: Digest | None = None
 
     def update(self, view: memoryview) -> None:
         begin, end = self._seen, self._seen + len(view)
-        self._whole.update(view)
-        if begin < EDGE_BYTES:
-            self._head.update(view[: EDGE_BYTES - begin])
-        if end > self.size - EDGE_BYTES:
+        rest = view
+        if begin < EDGE_BYTES <= end:
+            self._whole.update(view[: EDGE_BYTES - begin])
+            self._head = self._digest()
+            rest = view[EDGE_BYTES - begin :]
+        self._whole.update(rest)
+        if end > self.size - EDGE_BYTES > 0:
             self._tail.update(view[max(0, self.size - EDGE_BYTES - begin) :])
         self._seen = end
 
+    def _digest(self) -> Digest:
+        return Digest("blake3", self._whole.hexdigest())
+
     def result(self) -> BlobDigests:
-        whole, head, tail = (Digest("blake3", h.hexdigest()) for h in (self._whole, self._head, self._tail))
-        return BlobDigests(whole=whole, head=head, tail=tail, size=self._seen)
+        whole = self._digest()
+        tail = Digest("blake3", self._tail.hexdigest()) if self.size > EDGE_BYTES else whole
+        return BlobDigests(whole=whole, head=self._head or whole, tail=tail, size=self._seen)
+
+
+class SourceHash:
+    """BLAKE3 of an open file that is taken along while its parts are read, in whatever order, each byte once."""
+
+    def __init__(self, reader: RangeReader) -> None:
+        self._reader = reader
+        self._hash = blake3()
+        self._seen = 0
+        self._buffer = memoryview(b"")
+
+    def cover(self, offset: int, view: memoryview) -> None:
+        """Take in bytes that were read at an offset; what lies before them and was not read yet is read here."""
+        if offset > self._seen:
+            self._catch_up(offset)
+        if offset <= self._seen < offset + len(view):
+            self._hash.update(view[self._seen - offset :])
+            self._seen = offset + len(view)
+
+    def finish(self) -> Digest:
+        """Digest of the whole file; reads what nobody asked for."""
+        self._catch_up(self._reader.identity.size)
+        return Digest("blake3", self._hash.hexdigest())
+
+    def _catch_up(self, end: int) -> None:
+        if end > self._seen and not self._buffer:
+            self._buffer = memoryview(bytearray(_CHUNK_BYTES))
+        while self._seen < end:
+            view = self._buffer[: min(_CHUNK_BYTES, end - self._seen)]
+            self._reader.read_into(self._seen, view)
+            self._hash.update(view)
+            self._seen += len(view)
+
+
+class _Stream:
+    """Appends to an open file through the page cache; what is written starts on its way to the disk at once."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._written = 0
+        self._flushed = 0
+
+    def write(self, view: memoryview) -> None:
+        done = 0
+        while done < len(view):
+            done += os.write(self._fd, view[done:])
+        self._written += done
+        if self._written - self._flushed >= _FLUSH_BYTES:
+            start_write_back(self._fd, self._flushed, self._written - self._flushed)
+            self._flushed = self._written
+
+    def finish(self) -> None:
+        """Everything is with the kernel already."""
+
+    def stop(self) -> None:
+        """Nothing to give up."""
+
+
+class _DirectStream:
+    """Appends to an open file past the page cache, by a thread of its own, in aligned blocks.
+
+    The processor neither copies the bytes into the page cache nor drives them out of it later, and who writes waits
+    only while all blocks are on their way.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._free: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
+        self._full: queue.SimpleQueue[tuple[mmap.mmap, int] | None] = queue.SimpleQueue()
+        for _ in range(_DIRECT_BLOCKS):
+            self._free.put(mmap.mmap(-1, _DIRECT_BYTES))
+        self._block, self._used = self._free.get(), 0
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._serve, name="write-behind", daemon=True)
+        self._thread.start()
+
+    def write(self, view: memoryview) -> None:
+        done = 0
+        while done < len(view):
+            count = min(len(view) - done, _DIRECT_BYTES - self._used)
+            self._block[self._used : self._used + count] = view[done : done + count]
+            self._used += count
+            done += count
+            if self._used == _DIRECT_BYTES:
+                self._full.put((self._block, self._used))
+                self._block, self._used = self._free.get(), 0
+                self._raise_error()
+
+    def finish(self) -> None:
+        """Write the rest; its last part is no whole block, so it takes the usual way."""
+        whole = self._used // _ALIGNMENT * _ALIGNMENT
+        if whole:
+            self._full.put((self._block, whole))
+        self.stop()
+        self._raise_error()
+        _set_direct(self._fd, on=False)
+        with memoryview(self._block) as view:
+            done = whole
+            while done < self._used:
+                done += os.write(self._fd, view[done : self._used])
+
+    def stop(self) -> None:
+        """End the thread when it has written what it was given."""
+        self._full.put(None)
+        self._thread.join()
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _serve(self) -> None:
+        while (item := self._full.get()) is not None:
+            block, length = item
+            try:
+                if self._error is None:
+                    self._write_block(block, length)
+            except OSError as error:
+                self._error = error
+            self._free.put(block)
+
+    def _write_block(self, block: mmap.mmap, length: int) -> None:
+        with memoryview(block) as view:
+            done = 0
+            while done < length:
+                try:
+                    done += os.write(self._fd, view[done:length])
+                except OSError as error:
+                    if error.errno != errno.EINVAL or not _set_direct(self._fd, on=False):
+                        raise
+                    # this file system takes the flag and refuses such writes: go on through the page cache
+
+
+def _set_direct(fd: int, *, on: bool) -> bool:
+    """Let writes pass the page cache or not; False where that is so already, or cannot be."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    wanted = flags | os.O_DIRECT if on else flags & ~os.O_DIRECT
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, wanted)
+    except OSError:
+        return False
+    return flags != wanted
 
 
 class FileWriter:
     """Writes one file of known size under a temporary name; `commit` names it, anything else leaves nothing."""
 
-    def __init__(self, target: Path, size: int, *, mode: int = 0o666) -> None:
-        self.target = target
-        self._temporary = target.parent / f".{target.name}.{secrets.token_hex(6)}{_TEMPORARY}"
+    def __init__(self, folder: Path, size: int, *, mode: int = 0o666) -> None:
+        self._temporary = folder / f".{secrets.token_hex(12)}{_TEMPORARY}"
         self._hashes = _Hashes(size)
+        self._stream: _Stream | _DirectStream | None = None
         with operation("create", self._temporary):
             self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if size:
             with operation("allocate", self._temporary), _without_file(self):
                 os.posix_fallocate(self._fd, 0, size)
+        is_direct = size >= _DIRECT_BYTES * _DIRECT_BLOCKS and _set_direct(self._fd, on=True)
+        self._stream = _DirectStream(self._fd) if is_direct else _Stream(self._fd)
 
     def __enter__(self) -> Self:
         return self
@@ -137,13 +316,16 @@ class FileWriter:
         """Append bytes."""
         view = data.cast("B") if data.nbytes else memoryview(b"")
         self._hashes.update(view)
-        done = 0
-        while done < len(view):
+        if self._stream is not None:
             with operation("write", self._temporary):
-                done += os.write(self._fd, view[done:])
+                self._stream.write(view)
 
-    def commit(self, *, read_only: bool = False) -> BlobDigests:
-        """Make the file durable under its name unless one stands there already; return the digests of what was written.
+    def commit(self, target: Path, *, read_only: bool = False) -> BlobDigests:
+        """Make the file durable under its name; return the digests of what was written.
+
+        Args:
+            target: a name in the folder of the file.
+            read_only: whether nobody may write it from then on.
 
         Raises:
             StorageFailed: fewer or more bytes than announced, or the file system refuses.
@@ -151,24 +333,51 @@ class FileWriter:
         digests = self._hashes.result()
         if digests.size != self._hashes.size:
             raise StorageFailed(
-                f"write {show(str(self.target), 200)}: {self._hashes.size} bytes announced, {digests.size} written"
+                f"write {show(str(target), 200)}: {self._hashes.size} bytes announced, {digests.size} written"
             )
-        with operation("publish", self.target):
+        with operation("write", self._temporary):
+            self._finish()
+        with operation("publish", target):
             if read_only:
                 os.fchmod(self._fd, 0o444)
             os.fsync(self._fd)
             os.close(self._fd)
             self._fd = -1
-            self._temporary.replace(self.target)
-            sync_folder(self.target.parent)
+            self._temporary.replace(target)
+            sync_folder(target.parent)
         return digests
+
+    def _finish(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.finish()
 
     def abort(self) -> None:
         """Drop what was written; nothing to do after `commit`."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.stop()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
             self._temporary.unlink(missing_ok=True)
+
+
+def _find_sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    function = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if function is not None:
+        function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+        function.restype = ctypes.c_int
+    return cast("Callable[[int, int, int, int], int] | None", function)
+
+
+_sync_file_range: Final = _find_sync_file_range()
+
+
+def start_write_back(fd: int, offset: int, length: int) -> None:
+    """Ask the kernel to start writing a range to the disk; a hint, so that refusal changes nothing but speed."""
+    if _sync_file_range is not None:
+        _sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE)
 
 
 @contextlib.contextmanager
@@ -183,9 +392,9 @@ def _without_file(writer: FileWriter) -> Iterator[None]:
 
 def write_small(path: Path, data: bytes) -> None:
     """Write a small file whole or not at all."""
-    with FileWriter(path, len(data)) as writer:
+    with FileWriter(path.parent, len(data)) as writer:
         writer.write(memoryview(data))
-        writer.commit()
+        writer.commit(path)
 
 
 def sync_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
     blobs/<key>.safetensors      the bytes of one output shard, read-only
     receipts/<key>.json          written after its blob, never before
     digests/<identity>.json      BLAKE3 of a source file by path, device, inode, size and times
+    shapes/<shape>               an empty file for every job, its sources left out, that has a receipt
     set-aside/                   blobs whose check failed
 
 A hit = the receipt parses, its key is the one asked for, and the blob has the recorded size and digests. Anything less
@@ -13,11 +14,12 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 from shardmill.core.digest import Digest, digest_json
 from shardmill.core.receipt import Receipt, parse_receipt
@@ -38,7 +40,7 @@ FAST: Final = "fast"
 FULL: Final = "full"
 _FRESH_NS: Final = 2_000_000_000
 """Files younger than this are not remembered: a later write may keep their modification time."""
-_PARTS: Final = ("blobs", "receipts", "digests", "set-aside")
+_PARTS: Final = ("blobs", "receipts", "digests", "shapes", "set-aside")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +85,27 @@ class Store:
         """Where the receipt of a job lies."""
         return self.root / "receipts" / f"{key}.json"
 
-    def writer(self, key: str, size: int) -> FileWriter:
-        """Start writing the blob of a job; `size` in bytes is known from the plan."""
-        return FileWriter(self.blob_path(key), size)
+    def writer(self, size: int) -> FileWriter:
+        """Start writing a blob, whose key may be told when it is committed; `size` in bytes is known from the plan."""
+        return FileWriter(self.root / "blobs", size)
 
-    def put_receipt(self, receipt: Receipt) -> None:
-        """Vouch for a blob that is durable."""
+    def new_scratch(self) -> IO[bytes]:
+        """Make a nameless file that is gone when it is closed.
+
+        Raises:
+            StorageFailed: the file system refuses.
+        """
+        with operation("create", self.root / "blobs"):
+            return tempfile.TemporaryFile(dir=self.root / "blobs")
+
+    def may_hold(self, shape: str) -> bool:
+        """Whether some source's result of a job of this shape was ever stored; see `ShardPlan.shape`."""
+        return (self.root / "shapes" / shape).exists()
+
+    def put_receipt(self, receipt: Receipt, shape: str) -> None:
+        """Vouch for a blob that is durable, the result of a job of a shape."""
+        with operation("create", self.root / "shapes"):
+            (self.root / "shapes" / shape).touch()
         write_small(self.receipt_path(receipt.key), receipt.to_bytes())
         self._checked.add(receipt.key)
 
@@ -149,12 +166,14 @@ class Store:
         if self.verify_level != FULL and (known := _read_memo(memo)) is not None:
             return known, identity, False
         digests, identity = hash_file(path, stop)
-        if time.time_ns() - max(identity.mtime_ns, identity.ctime_ns) > _FRESH_NS:
-            write_small(
-                self.root / "digests" / f"{digest_json(asdict(identity))}.json",
-                json.dumps({"digest": str(digests.whole)}).encode(),
-            )
+        self.remember(identity, digests.whole)
         return digests.whole, identity, True
+
+    def remember(self, identity: FileIdentity, digest: Digest) -> None:
+        """Keep the digest of a source file, unless the file is so young that a later write may go unnoticed."""
+        if time.time_ns() - max(identity.mtime_ns, identity.ctime_ns) > _FRESH_NS:
+            memo = self.root / "digests" / f"{digest_json(asdict(identity))}.json"
+            write_small(memo, json.dumps({"digest": str(digest)}).encode())
 
     def known_digest(self, path: Path) -> Digest | None:
         """Digest of a source file if it is remembered; never reads the file."""

@@ -1,0 +1,280 @@
+"""The work on one shard as pieces that threads can do side by side: what each reads, and what is made of it.
+
+The order of the pieces is the order of the output. Pieces that only measure come right before the first one that needs
+what they find, so that the page cache still holds what is read a second time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Final
+
+from shardmill.core.dtypes import BITS
+from shardmill.core.header import TensorSpec
+from shardmill.core.layout import Unit, rows_per_block
+from shardmill.core.plan import ShardPlan, TensorRef
+from shardmill.core.scheme import Scheme
+from shardmill.core.statistics import Extent
+from shardmill.errors import NonFiniteWeight, Problem
+from shardmill.kernels.lanes import BlockSize, EncodedBlock, Lane, gather
+
+COPY_BYTES: Final = 4 << 20
+"""Bytes that are carried over at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A byte range of a source shard, counted from the start of its file."""
+
+    shard: str
+    begin: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Bytes that are carried over."""
+
+    span: Span
+    unit: int
+    is_last: bool
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that the piece holds until it is written."""
+        return self.span.length
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """Rows that are read for the extent of a tensor or fused set."""
+
+    span: Span
+    key: str
+    spec: TensorSpec
+    first: int
+    """Number of the first row in the tensor."""
+    shape: tuple[int, ...]
+
+    @property
+    def held_bytes(self) -> int:
+        """As `Copy.held_bytes`."""
+        return self.span.length
+
+    def work(self, lane: Lane, data: memoryview) -> Extent:
+        """Find the extent of the rows.
+
+        Raises:
+            NonFiniteWeight: it is not finite.
+        """
+        return _measure(lane, data, self.shape, self.span.shard, self.spec, self.first)
+
+
+@dataclass(frozen=True, slots=True)
+class Encode:
+    """A row block of a weight whose rows are one byte range."""
+
+    span: Span
+    unit: int
+    is_last: bool
+    weight: Unit
+    scheme: Scheme
+    first: int
+    count: int
+    key: str | None
+    """Of the extent that the scale needs."""
+
+    @property
+    def held_bytes(self) -> int:
+        """As `Copy.held_bytes`; codes are no wider than half of what they are made of, or as wide as one byte."""
+        return 2 * self.span.length
+
+    def work(self, lane: Lane, data: memoryview, whole: Extent | None) -> EncodedBlock:
+        """Quantize the row block.
+
+        Raises:
+            NonFiniteWeight: NaN or Inf in it.
+        """
+        spec, shape = self.weight.tensor, (self.count, self.weight.cols)
+        found = lane.encode(data, spec.dtype, shape, self.scheme, whole)
+        if not found.finite:
+            raise _non_finite(lane.first_nonfinite(data, spec.dtype, shape), self.span.shard, spec.name, self.first)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Slab:
+    """A whole expert of a stack whose rows do not lie one after another; gate and up share one."""
+
+    span: Span
+    units: tuple[tuple[int, Unit], ...]
+    shares_extent: bool
+    """Whether its units share a global scale."""
+
+    @property
+    def held_bytes(self) -> int:
+        """As `Copy.held_bytes`."""
+        return 2 * self.span.length
+
+    def work(self, lane: Lane, data: memoryview, block: BlockSize) -> tuple[Extent, tuple[SlabBlock, ...]]:
+        """Give the extent of the slab, if its units share one, and their blocks in order.
+
+        Raises:
+            NonFiniteWeight: NaN or Inf in it.
+        """
+        extent = Extent()
+        if self.shares_extent:
+            first = self.units[0][1]
+            spec = replace(first.tensor, name=first.module, shape=first.slab)
+            extent = _measure(lane, data, first.slab, self.span.shard, spec, 0)
+        blocks: list[SlabBlock] = []
+        for number, unit in self.units:
+            if unit.scheme is None:
+                blocks.append((number, True, gather_rows(data, unit, 0, unit.rows)))
+            else:
+                blocks += self._encode(lane, data, block, number, unit, unit.scheme, extent)
+        return extent, tuple(blocks)
+
+    def _encode(
+        self,
+        lane: Lane,
+        data: memoryview,
+        block: BlockSize,
+        number: int,
+        unit: Unit,
+        scheme: Scheme,
+        whole: Extent,
+    ) -> Iterator[SlabBlock]:
+        if scheme.weights.strategy == "tensor":
+            every = gather_rows(data, unit, 0, unit.rows)
+            whole = _measure(lane, every, (unit.rows, unit.cols), self.span.shard, unit.tensor, 0)
+        step = rows_per_block(unit, scheme.weights, block.nbytes)
+        for first in range(0, unit.rows, step):
+            count = min(step, unit.rows - first)
+            rows, shape = gather_rows(data, unit, first, count), (count, unit.cols)
+            found = lane.encode(rows, unit.tensor.dtype, shape, scheme, whole)
+            if not found.finite:
+                place = lane.first_nonfinite(rows, unit.tensor.dtype, shape)
+                raise _non_finite(place, self.span.shard, unit.tensor.name, first)
+            kept = {param: memoryview(bytes(view)) for param, view in found.tensors.items()}
+            yield number, first + count == unit.rows, replace(found, tensors=kept)
+
+
+SlabBlock = tuple[int, bool, EncodedBlock | memoryview]
+"""Unit, whether it is the unit's last, and a row block with memory of its own, or plain bytes where they are copied."""
+Piece = Copy | Measure | Encode | Slab
+
+
+def gather_rows(slab: memoryview, unit: Unit, first: int, count: int) -> memoryview:
+    """Copy rows `first` to `first + count` of a unit out of its slab."""
+    begin = unit.first + first * unit.step
+    rows = slice(begin, begin + count * unit.step, unit.step)
+    return gather(slab, unit.tensor.dtype, unit.slab, rows, transposed=unit.transposed)
+
+
+def cut(shard: ShardPlan, units: Sequence[Unit], block: BlockSize) -> Iterator[Piece]:
+    """Cut the work on a shard into pieces, in the order of its units; `block` may shrink meanwhile."""
+    fused = {tensor.spec.name: tensor.fused for tensor in shard.tensors if tensor.fused}
+    measured: set[str] = set()
+    for (begin, is_slab), group in groupby(enumerate(units), lambda entry: (entry[1].begin, _is_slab(entry[1]))):
+        if is_slab:
+            yield _slab(shard, begin, tuple(group))
+            continue
+        for number, unit in group:
+            if unit.scheme is None:
+                yield from _copy(shard, number, unit)
+                continue
+            key = None
+            if unit.scheme.weights.strategy in ("tensor", "tensor_group"):
+                key, refs = _extent_of(shard, unit, unit.scheme, fused.get(unit.tensor.name, ()))
+                if key not in measured:
+                    measured.add(key)
+                    for ref in refs:
+                        yield from _measures(key, ref, block)
+            yield from _encodes(shard, number, unit, unit.scheme, key, block)
+
+
+def _is_slab(unit: Unit) -> bool:
+    return not unit.is_contiguous
+
+
+def _slab(shard: ShardPlan, begin: int, units: tuple[tuple[int, Unit], ...]) -> Slab:
+    first = units[0][1]
+    length = math.prod(first.slab) * BITS[first.tensor.dtype] // 8
+    shares = first.scheme is not None and first.scheme.weights.has_global_scale
+    return Slab(Span(shard.name, shard.data_start + begin, length), units, shares)
+
+
+def _copy(shard: ShardPlan, number: int, unit: Unit) -> Iterator[Copy]:
+    begin, length = unit.begin + unit.first * unit.row_bytes, unit.outputs[0].nbytes
+    start = shard.data_start + begin
+    if not length:
+        yield Copy(Span(shard.name, start, 0), number, is_last=True)
+    for done in range(0, length, COPY_BYTES):
+        size = min(COPY_BYTES, length - done)
+        yield Copy(Span(shard.name, start + done, size), number, is_last=done + size == length)
+
+
+def _extent_of(
+    shard: ShardPlan, unit: Unit, scheme: Scheme, fused: tuple[TensorRef, ...]
+) -> tuple[str, tuple[TensorRef, ...]]:
+    """What a scale that spans rows is the extent of: name, and the tensors to measure."""
+    is_shared = scheme.weights.has_global_scale
+    if is_shared and fused:
+        return fused[0].spec.name, fused
+    spec, row_bytes = unit.tensor, unit.row_bytes
+    if is_shared and len(spec.shape) == 3:  # both halves of one expert: engines merge gate and up
+        name, begin, shape = unit.module, unit.begin, unit.slab
+    else:
+        name, begin, shape = spec.name, unit.begin + unit.first * row_bytes, (unit.rows, unit.cols)
+    whole = replace(spec, name=name, shape=shape, begin=begin, end=begin + shape[0] * row_bytes)
+    return f"{begin}:{whole.end}", (TensorRef(shard.name, shard.data_start, whole),)
+
+
+def _measures(key: str, ref: TensorRef, block: BlockSize) -> Iterator[Measure]:
+    spec = ref.spec
+    row_bytes = spec.nbytes // spec.shape[0]
+    step = max(1, block.nbytes // max(1, row_bytes))
+    for first in range(0, spec.shape[0], step):
+        count = min(step, spec.shape[0] - first)
+        span = Span(ref.shard, ref.data_start + spec.begin + first * row_bytes, count * row_bytes)
+        yield Measure(span, key, spec, first, (count, *spec.shape[1:]))
+
+
+def _encodes(
+    shard: ShardPlan, number: int, unit: Unit, scheme: Scheme, key: str | None, block: BlockSize
+) -> Iterator[Encode]:
+    first = 0
+    while first < unit.rows:
+        count = min(rows_per_block(unit, scheme.weights, block.nbytes), unit.rows - first)
+        begin = shard.data_start + unit.begin + (unit.first + first) * unit.row_bytes
+        span = Span(shard.name, begin, count * unit.row_bytes)
+        yield Encode(span, number, first + count == unit.rows, unit, scheme, first, count, key)
+        first += count
+
+
+def _measure(lane: Lane, data: memoryview, shape: tuple[int, ...], shard: str, spec: TensorSpec, first: int) -> Extent:
+    extent = lane.measure(data, spec.dtype, shape)
+    if not math.isfinite(extent.amax):
+        raise _non_finite(lane.first_nonfinite(data, spec.dtype, shape), shard, spec.name, first)
+    return extent
+
+
+def _non_finite(found: tuple[int, tuple[int, ...]] | None, shard: str, tensor: str, first_row: int) -> NonFiniteWeight:
+    """Say where the first NaN or Inf of a row block stands, and how many the block holds."""
+    count, index = found or (0, ())
+    where = [index[0] + first_row, *index[1:]] if index else []
+    message = (
+        f"NaN or Inf in a weight that is to be quantized: {count} in its first bad row block, first at index {where}"
+    )
+    problem = Problem(
+        file=shard,
+        tensor=tensor,
+        kind="non-finite",
+        message=message,
+        way_out="repair the checkpoint or ignore the tensor",
+    )
+    return NonFiniteWeight([problem])
