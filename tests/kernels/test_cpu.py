@@ -28,7 +28,7 @@ from shardmill.core.dtypes import scale_dtype_for
 from shardmill.core.plan import ShardPlan
 from shardmill.core.recipe import uniform
 from shardmill.core.scheme import PRESETS, ActivationArgs, Scheme, WeightArgs
-from shardmill.core.statistics import Extent
+from shardmill.core.statistics import Extent, Statistics
 from shardmill.errors import NonFiniteWeight
 from shardmill.kernels import cpu, reference
 from shardmill.kernels.lanes import KERNELS_VARIABLE, needs_torch
@@ -261,6 +261,39 @@ def test_a_small_extent_clips() -> None:
             )
             slow, fast = both(scheme, weight, Extent(low=-1.0, high=2.0))
             assert fast.statistics.clipped == slow.statistics.clipped > 1000
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sums_are_exact_but_for_the_rounding_of_additions(name: str) -> None:
+    # one value all over: roundings that lean to one side would add up
+    scheme, weight = PRESETS[name], torch.full((64, 2048), 0.0196533203125).bfloat16()
+    weight[:, ::32] = 0.0703125
+    slow, fast = both(scheme, weight)
+    values = weight.double().flatten().tolist()
+    tensors = dict(slow.tensors)
+    if scheme.weights.has_global_scale:
+        tensors["weight_global_scale"] = reference.global_scale(reference.measure(weight))
+    left = reference.decode(tensors, scheme.weights, format=scheme.format, shape=(64, 2048))
+    lost = (weight.float() - left).double().flatten().tolist()
+    assert fast.statistics.squared_weight == pytest.approx(math.fsum(v * v for v in values), rel=1e-13, abs=0)
+    assert fast.statistics.squared_error == pytest.approx(math.fsum(v * v for v in lost), rel=1e-13, abs=0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_row_blocks_give_what_the_whole_gives(name: str) -> None:
+    scheme, weight = PRESETS[name], sample("gaussian", torch.bfloat16, (256, 384))
+    whole, workspace = reference.measure(weight), cpu.Workspace()
+    _, at_once = both(scheme, weight, whole)
+    codes, merged = b"", Statistics()
+    for rows in (weight[:128], weight[128:]):
+        _, part = both(scheme, rows, whole, workspace)
+        codes += bytes(cpu.to_bytes(next(iter(part.tensors.values()))))
+        merged = merged.merge(part.statistics)
+    assert codes == bytes(cpu.to_bytes(next(iter(at_once.tensors.values()))))
+    numbers, expected = asdict(merged), asdict(at_once.statistics)
+    for field in ("squared_error", "squared_weight"):
+        assert numbers.pop(field) == pytest.approx(expected.pop(field), rel=1e-13, abs=0)
+    assert numbers == expected
 
 
 # Extents and numbers that are not finite

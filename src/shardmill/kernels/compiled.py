@@ -4,9 +4,9 @@ Imported only when a kernel runs, because numba takes a good part of a second. N
 `kernels.cpu` translates one into the tuples below.
 
 A row block lies in memory as raw bits, uint16 for BF16 and F16 and uint32 for F32, and is read twice: once for the
-extremes of a band of tiles, once for its codes. Codes are made `CHUNK` columns of a row at a time in buffers that stay
-in the first cache: values as float32, the step of each, codes, errors. Loops are short, without branches, and keep to
-operands of one width, so that the compiler makes vectors of them.
+extremes of a band of tiles, once for its codes. The second time `COUNT` elements at a time become float32, codes and
+statistics without leaving the registers: see `kernels.vectors`. The other loops are short, without branches, and keep
+to operands of one width, so that the compiler makes vectors of them.
 
 Promise: every operation on float32 is the one of `kernels.reference`, in its order and rounded by itself. Only the
 float64 sums of squares may be taken in another order; the squares in them are exact.
@@ -20,9 +20,9 @@ from typing import Any, Final, NamedTuple, TypeVar
 import numba
 import numpy as np
 import numpy.typing as npt
-from llvmlite import ir
-from numba.core import cgutils, types
-from numba.extending import intrinsic
+
+from shardmill.kernels import vectors
+from shardmill.kernels.vectors import COUNT, Vector
 
 Raw = npt.NDArray[Any]
 """Bits of the source, one element each: uint16 or uint32, one dimension."""
@@ -31,8 +31,9 @@ Octets = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.uint32]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-CHUNK: Final = 2048
-"""Columns in work at a time; a multiple of 32, so that chunks of packed codes start at a word."""
+PAIRS: Final = 2 * COUNT
+SLACK: Final = 8
+"""Bytes that may be overwritten behind the codes of a row."""
 
 FLOAT8, FLOAT4, INTEGER, SHIFTED = 0, 1, 2, 3
 """Kinds of codes: E4M3, E2M1, integers, integers with zero points."""
@@ -89,8 +90,6 @@ class Codec(NamedTuple):
     clip_low: np.float32
     """Quotients below count as clipped."""
     clip_high: np.float32
-    margin: np.float32
-    """What `Marks.furthest` exceeds where something is clipped."""
 
 
 class Rule(NamedTuple):
@@ -136,28 +135,28 @@ class Tiles(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Buffers of `CHUNK` elements."""
+    """Buffers for one band of tiles and one row."""
 
-    values: Floats
     steps: Floats
+    """`COUNT` for each tile, all the same; for each column where tiles are no multiple of `COUNT` wide."""
     offsets: Floats
-    errors: Floats
-    codes: Octets
-    scratch: Raw
-    """One row."""
+    """As `steps`."""
+    pairs: Words
+    """Half a row, and as much again as is read in vain."""
+    tail: Raw
+    """What is left of a row behind the last whole vector, then zeros; `COUNT`."""
+    tail_codes: Octets
+    ring: Floats
+    """Errors and values of a vector and of the next one, in turns."""
 
 
-class Marks(NamedTuple):
-    """What a loop over a chunk noticed."""
+class Source(NamedTuple):
+    """How a row is read."""
 
-    worst: np.uint32
-    """Bits of the largest error."""
-    furthest: np.float32
-    """Largest quotient of a float code; of an integer code how far one lies beyond the outermost code."""
-    blank: np.uint32
-    """Values that are 0."""
-    dead: np.uint32
-    """Values that are 0 when dequantized, blank ones included: 0 has a code in every scheme."""
+    is_half: bool
+    each: int
+    """Vectors that share a step."""
+    may_clip: bool
 
 
 class Found(NamedTuple):
@@ -194,38 +193,6 @@ def _spliced(function: _Function) -> _Function:
     return compiled
 
 
-def _reordered(function: _Function) -> _Function:
-    """As `_compiled`, for sums whose terms may be added in any order."""
-    compiled: _Function = numba.njit(**_OPTIONS, fastmath={"reassoc", "contract"})(function)
-    return compiled
-
-
-def _generate_fetch(_typing: Any, raw: Any, index: Any) -> Any:
-    """Ask for the cache line of `raw[index]` without waiting for it."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        array = context.make_array(signature.args[0])(context, builder, arguments[0])
-        place = builder.gep(array.data, [arguments[1]])
-        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        read, near, data = number(0), number(3), number(1)
-        builder.call(prefetch, [builder.bitcast(place, byte), read, near, data])
-        return context.get_dummy_value()
-
-    return types.none(raw, index), generate
-
-
-_fetch: Final[Any] = intrinsic(_generate_fetch)
-
-
-@_compiled
-def _fetch_ahead(raw: Raw) -> None:
-    """Bring elements near that will be read soon: between rows too much happens for the processor to foresee it."""
-    for j in range(0, raw.size, 64 // raw.itemsize):
-        _fetch(raw, j)
-
-
 @_compiled
 def _bits(value: np.float32) -> np.uint32:
     return np.float32(value).view(np.uint32)
@@ -244,20 +211,6 @@ def _widen_half(bits: np.uint32) -> np.float32:
     subnormal = _bits(_float(np.uint32(magnitude + np.uint32(113 << 23))) - np.float32(2.0**-14))
     chosen = subnormal if magnitude < np.uint32(1 << 23) else normal
     return _float(np.uint32(chosen | np.uint32((bits & np.uint32(0x8000)) << np.uint32(16))))
-
-
-@_compiled
-def _widen(raw: Raw, is_half: bool, values: Floats) -> None:  # noqa: FBT001 - numba takes positions
-    """Convert raw bits to float32."""
-    if raw.itemsize == 4:
-        for j in range(raw.size):
-            values[j] = _float(np.uint32(raw[j]))
-    elif is_half:
-        for j in range(raw.size):
-            values[j] = _widen_half(np.uint32(raw[j]))
-    else:
-        for j in range(raw.size):
-            values[j] = _float(np.uint32(np.uint32(raw[j]) << np.uint32(16)))
 
 
 @_compiled
@@ -303,36 +256,40 @@ def _raise_by(row: Raw, width: int, top: Words) -> None:
             top[tile] = max(top[tile], wide)
 
 
-@_compiled
-def _halve(row: Raw, out: Raw) -> None:
-    """Take the larger raw magnitude of each pair of elements."""
+@_spliced
+def _pair(row: Raw, j: int) -> Vector:
+    """The larger raw magnitudes of each pair of `2 * COUNT` elements from `j` on."""
     if row.itemsize == 2:
-        for j in range(out.size):
-            out[j] = max(np.uint16(row[2 * j] & _HALF_MAGNITUDE), np.uint16(row[2 * j + 1] & _HALF_MAGNITUDE))
-    else:
-        for j in range(out.size):
-            out[j] = max(np.uint32(row[2 * j] & _MAGNITUDE), np.uint32(row[2 * j + 1] & _MAGNITUDE))
+        both = vectors.twos(vectors.load(row, j, PAIRS) & _HALF_MAGNITUDE)
+        return vectors.words(vectors.larger(both & np.uint32(0xFFFF), both >> np.uint32(16)))
+    low, high = vectors.load(row, j, COUNT) & _MAGNITUDE, vectors.load(row, j + COUNT, COUNT) & _MAGNITUDE
+    return vectors.words(vectors.larger(vectors.evens(low, high), vectors.odds(low, high)))
 
 
 @_compiled
-def _raise_by_halving(row: Raw, scratch: Raw, top: Words) -> None:
+def _raise_by_halving(row: Raw, pairs: Words, top: Words) -> None:
     """As `_raise_by`, for tiles shorter than a few vectors: all of them shrink at once. The width is a power of two."""
-    begin, size = 0, row.size // 2
-    _halve(row, scratch[:size])
+    whole = row.size // (2 * COUNT) * (2 * COUNT)
+    for j in range(0, whole, 2 * COUNT):
+        vectors.store(pairs, j // 2, _pair(row, j))
+    for j in range(whole, row.size, 2):
+        pairs[j // 2] = _largest_magnitude(row[j : j + 2])
+    size = row.size // 2
     while size > top.size:
-        _halve(scratch[begin : begin + size], scratch[begin + size : begin + size + size // 2])
-        begin += size
         size //= 2
+        for j in range(0, size, COUNT):
+            low, high = vectors.load(pairs, 2 * j, COUNT), vectors.load(pairs, 2 * j + COUNT, COUNT)
+            vectors.store(pairs, j, vectors.larger(vectors.evens(low, high), vectors.odds(low, high)))
     for tile in range(top.size):
-        top[tile] = max(top[tile], np.uint32(scratch[begin + tile]))
+        top[tile] = max(top[tile], pairs[tile])
 
 
 @_compiled
-def _raise_tops(row: Raw, width: int, scratch: Raw, top: Words) -> None:
-    """Raise `top` to the largest raw magnitude of each tile of a row; `scratch` is as long as the row."""
+def _raise_tops(row: Raw, width: int, pairs: Words, top: Words) -> None:
+    """Raise `top` to the largest raw magnitude of each tile of a row."""
     whole = row.size // width * width
     if width in (16, 32) and whole == row.size:
-        _raise_by_halving(row, scratch, top)
+        _raise_by_halving(row, pairs, top)
     elif width == 128:
         _raise_by(row[:whole], 128, top)
     else:
@@ -397,19 +354,6 @@ def _to_e4m3(magnitude: np.uint32) -> tuple[np.uint32, np.float32]:
     lift = _float(np.uint32(exponent + _E4M3_LIFT))
     lifted = _float(bounded) + lift
     return np.uint32(_bits(lifted) + (exponent >> np.uint32(20))), lifted - lift
-
-
-@_compiled
-def _to_e2m1(magnitude: np.uint32) -> tuple[np.uint32, np.float32]:
-    """Round float32 bits without sign to the nearest E2M1, ties to even: its code and its value. Saturates at 6.
-
-    As `_to_e4m3`: codes are `2**(e - 1)` apart, e at least 0, and a code is `2 * e + k`.
-    """
-    bounded = min(magnitude, _E2M1_MAX)
-    exponent = max(np.uint32(bounded & _EXPONENT), _E2M1_NORMAL)
-    lift = _float(np.uint32(exponent + _E2M1_LIFT))
-    lifted = _float(bounded) + lift
-    return np.uint32(_bits(lifted) + (exponent >> np.uint32(22))), lifted - lift
 
 
 @_compiled
@@ -481,191 +425,197 @@ def _choose_nvfp4(amax: Floats, rule: Rule, stored: Octets, steps: Floats) -> No
         steps[tile] = (_NVFP4_EPS if vanishes else local) / rule.shared
 
 
-@_spliced
-def _fill_by(per_tile: Floats, width: int, out: Floats) -> None:
-    """Repeat each number `width` times; a constant `width` unrolls the inner loop."""
-    tiles = out.reshape(out.size // width, width)
-    for tile in range(len(tiles)):
-        value = per_tile[tile]
-        for j in range(width):
-            tiles[tile, j] = value
+def vectors_per_step(width: int, cols: int) -> int:
+    """How many vectors share one entry of `Work.steps`."""
+    if width >= cols:
+        return max(1, -(-cols // COUNT))
+    return width // COUNT if width % COUNT == 0 else 1
+
+
+_vectors_per_step = _compiled(vectors_per_step)
 
 
 @_compiled
-def _spread(per_tile: Floats, begin: int, width: int, out: Floats) -> None:
-    """Give each column from `begin` on the number of its tile."""
-    if begin % width or out.size % width:
-        place, tile = 0, begin // width
-        while place < out.size:
-            end = min(out.size, (tile + 1) * width - begin)
-            out[place:end] = per_tile[tile]
-            place, tile = end, tile + 1
+def _spread(per_tile: Floats, width: int, cols: int, out: Floats) -> None:
+    """Give each tile, or each column, its number: see `Work.steps`."""
+    if width % COUNT == 0 or width >= cols:
+        for tile in range(per_tile.size):
+            vectors.store(out, tile * COUNT, vectors.splat(per_tile[tile], COUNT))
         return
-    mine = per_tile[begin // width :]
-    if width == 16:
-        _fill_by(mine, 16, out)
-    elif width == 32:
-        _fill_by(mine, 32, out)
-    else:
-        _fill_by(mine, width, out)
-
-
-@_reordered
-def _sum_of_squares(values: Floats) -> float:
-    total = 0.0
-    for j in range(values.size):
-        wide = np.float64(values[j])
-        total += wide * wide
-    return total
-
-
-@_compiled
-def _round_float8(values: Floats, steps: Floats, codes: Octets, errors: Floats) -> Marks:
-    """Make E4M3 codes of `values / steps`, and the errors they leave."""
-    worst, furthest, blank, dead = np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0)
-    for j in range(values.size):
-        value, step = values[j], steps[j]
-        bits = _bits(value / step)
-        magnitude, sign = np.uint32(bits & _MAGNITUDE), np.uint32(bits & _SIGN)
-        code, left = _to_e4m3(magnitude)
-        codes[j] = np.uint8(code | (sign >> np.uint32(24)))
-        dequantized = _float(np.uint32(_bits(left) | sign)) * step
-        errors[j] = value - dequantized
-        worst = max(worst, np.uint32(_bits(value - dequantized) & _MAGNITUDE))
-        furthest = max(furthest, magnitude)
-        blank = np.uint32(blank + np.uint32(value == np.float32(0)))
-        dead = np.uint32(dead + np.uint32(dequantized == np.float32(0)))
-    return Marks(worst, _float(furthest), blank, dead)
-
-
-@_compiled
-def _round_float4(values: Floats, steps: Floats, codes: Octets, errors: Floats) -> Marks:
-    """Make E2M1 codes, the sign in bit 3 that of a quotient below 0; otherwise as `_round_float8`."""
-    worst, furthest, blank, dead = np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0)
-    for j in range(values.size):
-        value, step = values[j], steps[j]
-        quotient = value / step
-        bits = _bits(quotient)
-        magnitude, sign = np.uint32(bits & _MAGNITUDE), np.uint32(bits & _SIGN)
-        code, left = _to_e2m1(magnitude)
-        codes[j] = np.uint8(code | (np.uint32(8) if quotient < np.float32(0) else np.uint32(0)))
-        dequantized = _float(np.uint32(_bits(left) | sign)) * step
-        errors[j] = value - dequantized
-        worst = max(worst, np.uint32(_bits(value - dequantized) & _MAGNITUDE))
-        furthest = max(furthest, magnitude)
-        blank = np.uint32(blank + np.uint32(value == np.float32(0)))
-        dead = np.uint32(dead + np.uint32(dequantized == np.float32(0)))
-    return Marks(worst, _float(furthest), blank, dead)
-
-
-@_compiled
-def _round_integers(values: Floats, steps: Floats, codec: Codec, codes: Octets, errors: Floats) -> Marks:
-    """Make integer codes, `codec.bias` added; otherwise as `_round_float8`."""
-    worst, furthest, blank, dead = np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0)
-    bias = np.uint32(codec.bias - _WHOLE_BITS)
-    for j in range(values.size):
-        value, step = values[j], steps[j]
-        quotient = value / step
-        bounded = _clamp(quotient, codec.low, codec.high)
-        lifted = bounded + _WHOLE
-        codes[j] = np.uint8(np.uint32(_bits(lifted) + bias))
-        dequantized = (lifted - _WHOLE) * step
-        errors[j] = value - dequantized
-        worst = max(worst, np.uint32(_bits(value - dequantized) & _MAGNITUDE))
-        furthest = max(furthest, np.uint32(_bits(quotient - bounded) & _MAGNITUDE))
-        blank = np.uint32(blank + np.uint32(value == np.float32(0)))
-        dead = np.uint32(dead + np.uint32(dequantized == np.float32(0)))
-    return Marks(worst, _float(furthest), blank, dead)
-
-
-@_compiled
-def _round_shifted(
-    values: Floats, steps: Floats, offsets: Floats, codec: Codec, codes: Octets, errors: Floats
-) -> Marks:
-    """Make integer codes with zero points; otherwise as `_round_integers`."""
-    worst, furthest, blank, dead = np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0)
-    bias = np.uint32(codec.bias - _WHOLE_BITS)
-    for j in range(values.size):
-        value, step, offset = values[j], steps[j], offsets[j]
-        quotient = value / step + offset
-        bounded = _clamp(quotient, codec.low, codec.high)
-        lifted = bounded + _WHOLE
-        codes[j] = np.uint8(np.uint32(_bits(lifted) + bias))
-        dequantized = (lifted - _WHOLE - offset) * step
-        errors[j] = value - dequantized
-        worst = max(worst, np.uint32(_bits(value - dequantized) & _MAGNITUDE))
-        furthest = max(furthest, np.uint32(_bits(quotient - bounded) & _MAGNITUDE))
-        blank = np.uint32(blank + np.uint32(value == np.float32(0)))
-        dead = np.uint32(dead + np.uint32(dequantized == np.float32(0)))
-    return Marks(worst, _float(furthest), blank, dead)
+    for tile in range(per_tile.size):
+        out[tile * width : (tile + 1) * width] = per_tile[tile]
+    out[per_tile.size * width :] = per_tile[per_tile.size - 1]
 
 
 @_spliced
-def _round_chunk(work: Work, count: int, codec: Codec, codes: Octets) -> Marks:
-    values, steps, errors = work.values[:count], work.steps[:count], work.errors[:count]
-    if codec.kind == FLOAT8:
-        return _round_float8(values, steps, codes, errors)
-    if codec.kind == FLOAT4:
-        return _round_float4(values, steps, codes, errors)
-    if codec.kind == INTEGER:
-        return _round_integers(values, steps, codec, codes, errors)
-    return _round_shifted(values, steps, work.offsets[:count], codec, codes, errors)
+def _widen_lanes(raw: Vector, itemsize: int, is_half: bool) -> Vector:  # noqa: FBT001 - numba takes positions
+    """Convert raw bits to float32."""
+    if itemsize == 4:
+        return vectors.floats(vectors.words(raw))
+    if not is_half:
+        return vectors.floats(vectors.words(raw) << 16)
+    wide = vectors.words(raw)
+    magnitude = (wide & np.uint32(0x7FFF)) << 13
+    normal = magnitude + np.uint32(112 << 23)
+    subnormal = vectors.bits(vectors.floats(magnitude + np.uint32(113 << 23)) - np.float32(2.0**-14))
+    chosen = vectors.select(magnitude < np.uint32(1 << 23), subnormal, normal)
+    return vectors.floats(chosen | (wide & np.uint32(0x8000)) << 16)
+
+
+@_spliced
+def _lift(
+    magnitude: Vector, highest: np.uint32, normal: np.uint32, lift: np.uint32, shift: int
+) -> tuple[Vector, Vector]:
+    """As `_to_e4m3`, for floats whose largest number, smallest normal one and lift have these bits.
+
+    Codes of E2M1 are `2**(e - 1)` apart, e at least 0, and a code is `2 * e + k`; its upper bits are not 0 yet.
+    """
+    bounded = vectors.smaller(magnitude, vectors.splat(highest, COUNT))
+    exponent = vectors.larger(bounded & _EXPONENT, vectors.splat(normal, COUNT))
+    lifting = vectors.floats(exponent + lift)
+    lifted = vectors.floats(bounded) + lifting
+    return vectors.bits(lifted) + (exponent >> shift), lifted - lifting
+
+
+@_spliced
+def _round_float8(value: Vector, magnitude: Vector, step: Vector) -> tuple[Vector, Vector]:
+    """E4M3 codes of `value / step`, and the magnitudes of what they stand for."""
+    code, left = _lift(vectors.bits(magnitude / step), _E4M3_MAX, _E4M3_NORMAL, _E4M3_LIFT, 20)
+    return code | vectors.bits(value) >> 24 & np.uint32(128), left
+
+
+@_spliced
+def _round_float4(quotient: Vector) -> tuple[Vector, Vector]:
+    """As `_round_float8`, E2M1; the sign in bit 3 is that of a quotient below 0."""
+    code, left = _lift(vectors.bits(quotient) & _MAGNITUDE, _E2M1_MAX, _E2M1_NORMAL, _E2M1_LIFT, 22)
+    code = code & np.uint32(7)
+    return vectors.select(quotient < np.float32(0), code | np.uint32(8), code), left
+
+
+@_spliced
+def _round_integers(quotient: Vector, codec: Codec) -> tuple[Vector, Vector]:
+    """Integer codes with `codec.bias` added, and what they stand for."""
+    bounded = vectors.smaller(
+        vectors.larger(quotient, vectors.splat(codec.low, COUNT)), vectors.splat(codec.high, COUNT)
+    )
+    lifted = bounded + _WHOLE
+    return vectors.bits(lifted) + np.uint32(codec.bias - _WHOLE_BITS), lifted - _WHOLE
+
+
+@_spliced
+def _join(codes: Vector, width: int) -> Vector:
+    """Put the `width` low bits of each two lanes side by side."""
+    both = vectors.twos(codes)
+    return vectors.lows(both | both >> (32 - width))
+
+
+@_spliced
+def _store_codes(codes: Vector, width: int, out: Octets, place: int) -> None:
+    """Write the `width` low bits of `COUNT` codes as a dense little-endian bit stream, and up to `SLACK` bytes more."""
+    if width == 8:
+        vectors.store(out, place, vectors.octets(codes))
+    elif width == 4:
+        vectors.store(out, place, vectors.octets(_join(codes, 4)))
+    elif width == 2:
+        vectors.store(out, place, vectors.octets(_join(_join(codes, 2), 4)))
+    else:
+        eight = vectors.twos(_join(_join(codes, width), 2 * width))
+        eight = eight & np.uint64(0xFFFFFFFF) | eight >> 32 << 4 * width
+        vectors.store(out, place, vectors.lane(eight, 0))
+        vectors.store(out, place + width, vectors.lane(eight, 1))
+
+
+@_spliced
+def _add_squares(totals: Vector, ring: Floats, slot: int) -> Vector:
+    return vectors.add_squares(totals, vectors.load(ring, slot, COUNT))
+
+
+@_spliced
+def _encode_as(
+    kind: int, raw: Raw, ahead: Raw, source: Source, entry: int, codec: Codec, work: Work, out: Octets
+) -> Found:
+    """Encode whole vectors of a row; each `source.each` of them share an entry of `work.steps`, the first `entry`.
+
+    Numbers to be squared go through memory and are added one vector later: a processor widens what it reads with
+    fewer instructions than what it holds. Errors of floats are taken between magnitudes, since a code keeps the sign.
+    """
+    errors, weights, width = vectors.splat(0.0, COUNT), vectors.splat(0.0, COUNT), codec.bits
+    worst = vectors.splat(np.uint32(0), COUNT)
+    nonzero, alive, slot, ring = 0, 0, 0, work.ring
+    ring[:] = np.float32(0)
+    place, more = entry * COUNT, source.each
+    for j in range(0, raw.size, COUNT):
+        step, offset = vectors.load(work.steps, place, COUNT), vectors.load(work.offsets, place, COUNT)
+        place += COUNT if more == 1 else 0
+        more = source.each if more == 1 else more - 1
+        vectors.fetch(ahead, j)
+        value = _widen_lanes(vectors.load(raw, j, COUNT), raw.itemsize, source.is_half)
+        sized = value
+        if kind == FLOAT8:
+            width, sized = 8, vectors.floats(vectors.bits(value) & _MAGNITUDE)
+            code, left = _round_float8(value, sized, step)
+        elif kind == FLOAT4:
+            width, sized = 4, vectors.floats(vectors.bits(value) & _MAGNITUDE)
+            code, left = _round_float4(value / step)
+        elif kind == INTEGER:
+            code, left = _round_integers(value / step, codec)
+        else:
+            code, left = _round_integers(value / step + offset, codec)
+            left = left - offset
+        _store_codes(code, width, out, j // 8 * width)
+        dequantized = left * step
+        lost = sized - dequantized
+        vectors.store(ring, slot, lost)
+        vectors.store(ring, slot + COUNT, sized)
+        slot = 2 * COUNT - slot
+        errors = _add_squares(errors, ring, slot)
+        weights = _add_squares(weights, ring, slot + COUNT)
+        worst = vectors.larger(worst, vectors.bits(lost) & _MAGNITUDE)
+        nonzero += COUNT - vectors.count(value == np.float32(0))
+        alive += COUNT - vectors.count(dequantized == np.float32(0))
+    error = vectors.total(_add_squares(errors, ring, 2 * COUNT - slot))
+    weight = vectors.total(_add_squares(weights, ring, 3 * COUNT - slot))
+    return Found(error, weight, np.uint32(0), vectors.largest(worst), 0, nonzero - alive, nonzero)
 
 
 @_compiled
-def _count_clipped(work: Work, count: int, codec: Codec) -> int:
-    """Count quotients beyond the bounds; only for the rare chunk that is known to have some."""
+def _encode_vectors(raw: Raw, ahead: Raw, source: Source, entry: int, codec: Codec, work: Work, out: Octets) -> Found:
+    """Give each kind of codes a loop of its own, without branches."""
+    if codec.kind == FLOAT8:
+        return _encode_as(FLOAT8, raw, ahead, source, entry, codec, work, out)
+    if codec.kind == FLOAT4:
+        return _encode_as(FLOAT4, raw, ahead, source, entry, codec, work, out)
+    if codec.kind == INTEGER:
+        return _encode_as(INTEGER, raw, ahead, source, entry, codec, work, out)
+    return _encode_as(SHIFTED, raw, ahead, source, entry, codec, work, out)
+
+
+@_compiled
+def _count_clipped(raw: Raw, source: Source, entry: int, codec: Codec, work: Work) -> int:
+    """Count quotients beyond the bounds; only for the rare band that may have some."""
     clipped = 0
-    for j in range(count):
-        quotient = work.values[j] / work.steps[j]
+    place, more = entry * COUNT, source.each
+    for j in range(0, raw.size, COUNT):
+        step, offset = vectors.load(work.steps, place, COUNT), vectors.load(work.offsets, place, COUNT)
+        place += COUNT if more == 1 else 0
+        more = source.each if more == 1 else more - 1
+        quotient = _widen_lanes(vectors.load(raw, j, COUNT), raw.itemsize, source.is_half) / step
         if codec.kind == SHIFTED:
-            quotient += work.offsets[j]
-        clipped += (quotient < codec.clip_low) | (quotient > codec.clip_high)
+            quotient = quotient + offset
+        clipped += vectors.count(quotient < codec.clip_low) + vectors.count(quotient > codec.clip_high)
     return clipped
 
 
 @_compiled
-def _gather_pairs(eight: np.uint64, bits: np.uint64) -> np.uint64:
-    """Close the gaps between eight codes of `bits` bits, one in each byte."""
-    twos = (eight & np.uint64(0x00FF00FF00FF00FF)) | (((eight >> np.uint64(8)) & np.uint64(0x00FF00FF00FF00FF)) << bits)
-    wide = bits + bits
-    fours = (twos & np.uint64(0x0000FFFF0000FFFF)) | (((twos >> np.uint64(16)) & np.uint64(0x0000FFFF0000FFFF)) << wide)
-    return (fours & np.uint64(0xFFFFFFFF)) | ((fours >> np.uint64(32)) << (wide + wide))
-
-
-@_compiled
-def _pack(codes: Octets, bits: int, out: Octets) -> None:
-    """Write codes, one per byte and a multiple of eight of them, as a dense little-endian bit stream."""
-    eights = codes.view(np.uint64)
-    if bits == 4:
-        words = out.view(np.uint32)
-        for j in range(eights.size):
-            words[j] = np.uint32(_gather_pairs(eights[j], np.uint64(4)))
-        return
-    if bits == 2:
-        shorts = out[: out.size // 2 * 2].view(np.uint16)
-        for j in range(min(eights.size, shorts.size)):
-            shorts[j] = np.uint16(_gather_pairs(eights[j], np.uint64(2)))
-        return
-    place = 0
-    for j in range(eights.size):
-        packed = _gather_pairs(eights[j], np.uint64(bits))
-        for _ in range(min(bits, out.size - place)):
-            out[place] = np.uint8(packed & np.uint64(255))
-            packed >>= np.uint64(8)
-            place += 1
-
-
-@_spliced
-def _encode_chunk(work: Work, count: int, codec: Codec, out: Octets) -> Marks:
-    """Write the codes of the chunk in hand to the bytes of its row from its first one on."""
-    if codec.bits == 8:
-        return _round_chunk(work, count, codec, out[:count])
-    marks = _round_chunk(work, count, codec, work.codes[:count])
-    padded = (count + 7) // 8 * 8
-    work.codes[count:padded] = 0
-    _pack(work.codes[:padded], codec.bits, out[: padded // 8 * codec.bits])
-    return marks
+def _may_clip(tiles: Tiles, codec: Codec) -> bool:
+    """Whether the extremes of a tile lie beyond the bounds: rounding keeps quotients in order."""
+    found = False
+    for tile in range(tiles.high.size):
+        high, low = tiles.high[tile] / tiles.steps[tile], -tiles.high[tile] / tiles.steps[tile]
+        if codec.kind == SHIFTED:
+            high, low = high + tiles.offsets[tile], tiles.low[tile] / tiles.steps[tile] + tiles.offsets[tile]
+        found |= (high > codec.clip_high) | (low < codec.clip_low)
+    return found
 
 
 @_spliced
@@ -685,7 +635,7 @@ def _choose(tiles: Tiles, rule: Rule, codec: Codec, out: Outputs, first: int) ->
 
 
 @_spliced
-def _read_band(raw: Raw, tiling: Tiling, is_shifted: bool, scratch: Raw, tiles: Tiles) -> None:  # noqa: FBT001
+def _read_band(raw: Raw, tiling: Tiling, is_shifted: bool, pairs: Words, tiles: Tiles) -> None:  # noqa: FBT001
     """Find the extremes of one band of tiles, `raw` being its rows."""
     tiles.top[:] = np.uint32(0)
     tiles.bottom[:] = np.uint32(0)
@@ -694,7 +644,7 @@ def _read_band(raw: Raw, tiling: Tiling, is_shifted: bool, scratch: Raw, tiles: 
         if is_shifted:
             _raise_extremes(row, tiling.width, tiles.top, tiles.bottom)
         else:
-            _raise_tops(row, tiling.width, scratch, tiles.top)
+            _raise_tops(row, tiling.width, pairs, tiles.top)
 
 
 @_compiled
@@ -705,42 +655,14 @@ def _largest_of(bits: Words) -> np.uint32:
     return largest
 
 
-@_spliced
-def _widen_extremes(raw: Raw, tiling: Tiling, rule: Rule, is_shifted: bool, tiles: Tiles) -> None:  # noqa: FBT001
-    """Convert the extremes of a band to float32, or take the given ones."""
-    if rule.is_fixed:
-        tiles.high[:] = rule.high
-        tiles.low[:] = rule.low
-        return
+@_compiled
+def _widen_extremes(raw: Raw, tiling: Tiling, is_shifted: bool, tiles: Tiles) -> None:  # noqa: FBT001
+    """Convert the extremes of a band to float32."""
     _widen_all(tiles.top, raw.itemsize, tiling.is_half, tiles.high)
     if is_shifted:
         _widen_all(tiles.bottom, raw.itemsize, tiling.is_half, tiles.low)
         for tile in range(tiles.low.size):
             tiles.low[tile] = -tiles.low[tile]
-
-
-@_spliced
-def _encode_row(row: Raw, ahead: Raw, tiling: Tiling, codec: Codec, tiles: Tiles, work: Work, out: Octets) -> Found:
-    """Encode a row whose tiles have their steps; `ahead` will be read by the next band."""
-    error, weight, worst, clipped, zeroed, nonzero = 0.0, 0.0, np.uint32(0), 0, 0, 0
-    for begin in range(0, row.size, CHUNK):
-        count = min(CHUNK, row.size - begin)
-        _fetch_ahead(ahead[begin : begin + count])
-        _widen(row[begin : begin + count], tiling.is_half, work.values)
-        if begin == 0 or tiling.width < row.size:  # a single tile spreads over the first chunk and stays
-            _spread(tiles.steps, begin, tiling.width, work.steps[:count])
-            if codec.kind == SHIFTED:
-                _spread(tiles.offsets, begin, tiling.width, work.offsets[:count])
-        marks = _encode_chunk(work, count, codec, out[begin * codec.bits // 8 :])
-        error += _sum_of_squares(work.errors[:count])
-        weight += _sum_of_squares(work.values[:count])
-        worst = max(worst, marks.worst)
-        if marks.furthest > codec.margin:
-            clipped += _count_clipped(work, count, codec)
-        zeroed += int(marks.dead) - int(marks.blank)
-        nonzero += count - int(marks.blank)
-    out[-(-row.size * codec.bits // 8) :] = np.uint8(0)
-    return Found(error, weight, np.uint32(0), worst, clipped, zeroed, nonzero)
 
 
 @_spliced
@@ -756,24 +678,70 @@ def _merge(one: Found, other: Found) -> Found:
     )
 
 
+@_spliced
+def _encode_part(raw: Raw, ahead: Raw, source: Source, entry: int, codec: Codec, work: Work, out: Octets) -> Found:
+    found = _encode_vectors(raw, ahead, source, entry, codec, work, out)
+    if not source.may_clip:
+        return found
+    clipped = _count_clipped(raw, source, entry, codec, work)
+    return _merge(found, Found(0.0, 0.0, np.uint32(0), np.uint32(0), clipped, 0, 0))
+
+
+@_spliced
+def _copy_bits(codes: Octets, size: int, out: Octets) -> None:
+    """Copy the first `size` bits, and make the rest of `out` zeros."""
+    whole, rest = size // 8, size % 8
+    for j in range(whole):
+        out[j] = codes[j]
+    out[whole:] = np.uint8(0)
+    if rest:
+        out[whole] = np.uint8(codes[whole] & np.uint8((1 << rest) - 1))
+
+
+@_compiled
+def _encode_row(row: Raw, ahead: Raw, source: Source, codec: Codec, work: Work, out: Octets, stride: int) -> Found:
+    """Encode a row whose tiles have their steps into `stride` bytes; `ahead` will be read by the next band."""
+    whole = row.size // COUNT * COUNT
+    found = _encode_part(row[:whole], ahead, source, 0, codec, work, out)
+    rest = row.size - whole
+    if rest:
+        work.tail[rest:] = 0
+        for j in range(rest):
+            work.tail[j] = row[whole + j]
+        entry = whole // (source.each * COUNT)
+        found = _merge(found, _encode_part(work.tail, ahead, source, entry, codec, work, work.tail_codes))
+    _copy_bits(work.tail_codes, rest * codec.bits, out[whole * codec.bits // 8 : stride])
+    return found
+
+
 @_compiled
 def encode(raw: Raw, tiling: Tiling, codec: Codec, rule: Rule, tiles: Tiles, work: Work, out: Outputs) -> Found:
     """Quantize a row block."""
     count = tiles.top.size
     found = Found(0.0, 0.0, np.uint32(0), np.uint32(0), 0, 0, 0)
-    stride = out.codes.size // tiling.rows
+    each = _vectors_per_step(tiling.width, tiling.cols)
+    stride = (out.codes.size - SLACK) // tiling.rows
     for first in range(0, tiling.rows, tiling.height):
         last = min(first + tiling.height, tiling.rows)
-        _read_band(raw[first * tiling.cols : last * tiling.cols], tiling, codec.kind == SHIFTED, work.scratch, tiles)
-        _widen_extremes(raw, tiling, rule, codec.kind == SHIFTED, tiles)
+        _read_band(raw[first * tiling.cols : last * tiling.cols], tiling, codec.kind == SHIFTED, work.pairs, tiles)
+        if rule.is_fixed:
+            tiles.high[:] = rule.high
+            tiles.low[:] = rule.low
+        else:
+            _widen_extremes(raw, tiling, codec.kind == SHIFTED, tiles)
         largest = max(_largest_of(tiles.top), _largest_of(tiles.bottom))
         found = _merge(found, Found(0.0, 0.0, largest, np.uint32(0), 0, 0, 0))
         _choose(tiles, rule, codec, out, first // tiling.height * count)
+        if rule.is_fixed:  # rows may lie beyond the given extremes
+            _widen_extremes(raw, tiling, codec.kind == SHIFTED, tiles)
+        source = Source(tiling.is_half, each, _may_clip(tiles, codec))
+        _spread(tiles.steps, tiling.width, tiling.cols, work.steps)
+        if codec.kind == SHIFTED:
+            _spread(tiles.offsets, tiling.width, tiling.cols, work.offsets)
         for row in range(first, last):
             bits = raw[row * tiling.cols : (row + 1) * tiling.cols]
             ahead = raw[(row + tiling.height) * tiling.cols : (row + tiling.height + 1) * tiling.cols]
-            codes = out.codes[row * stride : (row + 1) * stride]
-            found = _merge(found, _encode_row(bits, ahead, tiling, codec, tiles, work, codes))
+            found = _merge(found, _encode_row(bits, ahead, source, codec, work, out.codes[row * stride :], stride))
     return found
 
 
@@ -795,7 +763,16 @@ def new_tiles(count: int) -> Tiles:
     return Tiles(top, bottom, high, low, steps, offsets)
 
 
-def new_work(row: Raw) -> Work:
-    """Make room for chunks of rows like `row`."""
-    values, steps, offsets, errors = np.empty((4, CHUNK), np.float32)
-    return Work(values, steps, offsets, errors, np.empty(CHUNK, np.uint8), np.empty(row.size, row.dtype))
+def new_work(row: Raw, width: int) -> Work:
+    """Make room for rows like `row`, of which `width` columns are a tile."""
+    entries = -(-row.size // (COUNT * vectors_per_step(width, row.size)))
+    steps, offsets = np.empty((2, entries * COUNT), np.float32)
+    pairs = np.empty(row.size // 2 + 2 * COUNT, np.uint32)
+    return Work(
+        steps,
+        offsets,
+        pairs,
+        np.empty(COUNT, row.dtype),
+        np.empty(2 * COUNT, np.uint8),
+        np.empty(4 * COUNT, np.float32),
+    )

@@ -196,17 +196,18 @@ def encode(
     tiling = _tiling(args, rows.shape, kind)
     stride, width = _row_bytes(args, format, tiling.cols)
     codec = _codec(args, width, is_packed=format == _PACKED)
-    octets = (workspace or Workspace()).take(tiling.rows * stride)
+    room = (workspace or Workspace()).take(tiling.rows * stride + loops.SLACK)
+    octets = room[: -loops.SLACK]
     grid = -(-tiling.rows // tiling.height), -(-tiling.cols // tiling.width)
     rule = _rule(args, scale_dtype, whole)
     is_narrow = args.scale_dtype is not None
     out = loops.Outputs(
-        octets,
+        room,
         np.empty(0 if is_narrow else prod(grid), np.uint32),
         np.empty(prod(grid) if is_narrow else 0, np.uint8),
         np.empty(0 if args.symmetric else prod(grid), np.int8),
     )
-    tiles, work = loops.new_tiles(grid[1]), loops.new_work(bits[: tiling.cols])
+    tiles, work = loops.new_tiles(grid[1]), loops.new_work(bits[: tiling.cols], tiling.width)
     found: Found = loops.encode(bits, tiling, codec, rule, tiles, work, out)
     name, codes = _codes(octets, args, format, tiling)
     tensors = {name: codes, "weight_scale": out.exponents if is_narrow else _scales(out.scales, scale_dtype)}
@@ -280,7 +281,6 @@ def _codec(args: WeightArgs, width: int, *, is_packed: bool) -> Codec:
         high=np.float32(high),
         clip_low=np.float32(low - margin),
         clip_high=np.float32(high + margin),
-        margin=np.float32(margin if is_int else high + margin),
     )
     return codec
 
