@@ -8,10 +8,10 @@ LINKS := build/lint
 SCRIPTS = $(shell find deployments -name '*.py')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all coverage bench check lint types layers link-tree goldens clean
+.PHONY: help venv demo test test-all coverage bench bench-kernels check lint types layers link-tree goldens clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: .venv/stamp  ## make .venv with everything pinned by constraints.txt
 
@@ -30,8 +30,14 @@ coverage: .venv/stamp  ## branch coverage of the default tests; core must be com
 	$(BIN)/coverage report
 	$(BIN)/coverage report --include='src/shardmill/core/*' --fail-under=100
 
-bench: .venv/stamp  ## measure speed and memory on this machine
-	$(BIN)/python tests/bench/bench.py
+# BENCH holds options, such as `--only speed --presets W4A16`; SHARDMILL_REFERENCE_PYTHON names another reference system.
+BENCH ?=
+BENCH_REFERENCE = $(if $(SHARDMILL_REFERENCE_PYTHON)$(filter --skip-reference --render,$(BENCH)),,.venv-reference/stamp)
+
+bench: .venv/stamp-bench $(BENCH_REFERENCE)  ## measure speed and memory beside the reference system; takes hours
+	$(BIN)/python tests/bench $(BENCH)
+
+bench-kernels: .venv/stamp  ## measure the kernels alone, on one core
 	$(BIN)/python tests/bench/kernels.py
 
 check: lint types layers  ## lint, format, types, layers
@@ -61,6 +67,10 @@ clean:  ## remove environments, caches and builds
 .venv/stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	touch $@
+
+.venv/stamp-bench: .venv/stamp
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	touch $@
 
 .venv-%/stamp: tests/reference/constraints-%.txt
