@@ -34,9 +34,11 @@ the quicker stays. It does not flush what it writes, and its ratio is not correc
 and flushed, in 8 MiB blocks, with one thread and with one per core: the quicker counts.
 
 All take turns, floor, start-up, shardmill, reference; before each, pending writes are flushed and the source is
-{cache}. Values are random normal bf16. Before anything is timed, compiled and reference kernels have to write the
-same bytes, `shardmill verify --against` has to pass on the whole result, llm-compressor has to store the same bytes for
-a small float32 source, and the names, dtypes and shapes of the whole results have to be the same.
+{cache}. Values are random normal bf16.
+
+Before anything is timed, compiled and reference kernels have to write the same bytes for a small checkpoint,
+llm-compressor has to store the same bytes for a small float32 one, and `shardmill verify --against` has to pass on the
+whole result. Names, dtypes and shapes of both whole results have to be the same.
 
 """
 MEMORY: Final = """## Memory

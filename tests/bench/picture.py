@@ -53,7 +53,7 @@ def draw(results: Results, path: Path) -> bool:
 
 def _panels(results: Results) -> list[Callable[[Any], None]]:
     speed = [row for row in results.rows.get("speed", ()) if isinstance(row, SpeedRow)]
-    shown = [row for row in speed if row.place == min(each.place for each in speed)]
+    shown = [row for row in speed if row.place == speed[0].place]
     plans = [row for row in results.rows.get("plan", ()) if isinstance(row, PlanRow)]
     panels: list[Callable[[Any], None]] = []
     if compared := [row for row in shown if row.speedup is not None]:
