@@ -289,7 +289,7 @@ class _Source:
         for piece in pieces:
             begins.append(end)
             end += piece.spec.nbytes
-            specs.append(replace(piece.spec, begin=begins[-1], end=end))
+            specs.append(piece.spec._replace(begin=begins[-1], end=end))
         shard = SourceShard(pieces[0].file if pieces else "", end, ShardHeader(tuple(specs), (), 0))
         return cls(shard, tuple(pieces), tuple(begins), tuple(dict.fromkeys(folders)))
 

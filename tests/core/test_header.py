@@ -4,11 +4,19 @@ import json
 from contextlib import suppress
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardmill.core.dtypes import BITS, size_in_bytes
-from shardmill.core.header import HEADER_LIMIT, ShardHeader, encode_header, header_length, parse_header
+from shardmill.core.header import (
+    HEADER_LIMIT,
+    ShardHeader,
+    _parse_any,
+    _parse_plain,
+    encode_header,
+    header_length,
+    parse_header,
+)
 from shardmill.errors import CheckpointInvalid
 
 
@@ -113,3 +121,76 @@ def test_what_is_encoded_parses_to_itself(rows: list[tuple[str, list[int]]]) -> 
     header = parse_header(head[8:], len(head) + begin)
     assert len(head) % 8 == 0
     assert sorted((s.name, s.dtype, s.shape, s.begin, s.end) for s in header.tensors) == sorted(placed)
+
+
+NAMES = st.text(st.sampled_from("ab.0 é\\\"\t"), min_size=1, max_size=4) | st.just("__metadata__")
+PIECES = ['"', ",", "{", "}", "[", "]", ":", " ", "0", "1", "01", "-", "1.0", "\\u0061", "\n", "null", '"a":', "é"]
+SEPARATORS = [(",", ":"), (", ", ": "), (",\n", ":")]
+
+
+@st.composite
+def headers(draw: st.DrawFn) -> tuple[bytes, int]:
+    """A header and the size of its file: sound, or a little wrong."""
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}} if draw(st.booleans()) else {}
+    begin = 0
+    for name in draw(st.lists(NAMES, min_size=1, max_size=4)):
+        dtype, shape = draw(st.sampled_from(sorted(BITS))), draw(st.lists(st.integers(0, 9), max_size=2))
+        end = begin + (size_in_bytes(dtype, tuple(shape)) or 0)
+        table[name] = entry(dtype, shape, (begin, end))
+        begin = end
+    if draw(st.booleans()):
+        table = dict(draw(st.permutations(list(table.items()))))
+    text = json.dumps(table, separators=draw(st.sampled_from(SEPARATORS))) + draw(st.sampled_from(["", "  ", "\n"]))
+    for _ in range(draw(st.integers(0, 2))):
+        first, last = sorted(draw(st.tuples(st.integers(0, len(text)), st.integers(0, len(text)))))
+        middle = draw(st.sampled_from(["", text[first:last] * 2, *PIECES]))
+        text = text[:first] + middle + text[min(last, first + draw(st.integers(0, 3))) :]
+    body = text.encode()
+    return body, 8 + len(body) + begin
+
+
+@given(headers())
+@settings(max_examples=1000)
+def test_a_header_in_plain_form_says_what_the_json_parser_finds(case: tuple[bytes, int]) -> None:
+    plain = _parse_plain(*case)
+    if plain is not None:
+        assert plain == _parse_any(*case, "m.safetensors")
+
+
+@pytest.mark.parametrize("separators", SEPARATORS[:2])
+def test_what_writers_write_is_plain_form(separators: tuple[str, str]) -> None:
+    table = {"__metadata__": {"format": "pt"}, "a.0.weight": entry(), "b c": entry("BF16", (2, 3), (4, 16))}
+    body = json.dumps(table, separators=separators).encode() + b"   "
+    plain = _parse_plain(body, 8 + len(body) + 16)
+    assert plain == _parse_any(body, 8 + len(body) + 16, "")
+    assert plain is not None
+
+
+PLAIN = b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}'
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"[4]", b"[04]"),
+        (b"[4]", b"[4,]"),
+        (b"[4]", b"[5]"),
+        (b"[4]", b"[4 ]]"),
+        (b"}}", b"},}"),
+        (b"}}", b"}"),
+        (b"}}", b"}}}"),
+        (b'{"a"', b'{,"a"'),
+        (b'{"a"', b'{"__metadata__":{"x":1},"a"'),
+        (b'{"a"', b'{"__metadata__":{"x":"1","x":"1"},"a"'),
+        (b'"a"', b'"__metadata__"'),
+        (b'"a"', b'"\\u0061"'),
+        (b"U8", b"Q8"),
+        (b"[0,4]", b"[00,4]"),
+        (PLAIN, PLAIN[:-1] + b"," + PLAIN[1:]),
+        (PLAIN, PLAIN[:-1] + b"," + PLAIN[1:-1] + b"," + PLAIN[1:]),
+    ],
+)
+def test_everything_else_is_left_to_the_json_parser(old: bytes, new: bytes) -> None:
+    body = PLAIN.replace(old, new, 1)
+    assert body != PLAIN
+    assert _parse_plain(body, 8 + len(body) + 4) is None

@@ -59,7 +59,7 @@ def written(plan: Plan) -> tuple[dict[str, Any], Tensors, dict[str, tuple[int, i
 
 
 def change(tensors: Tensors, name: str, **fields: Any) -> Tensors:
-    return tensors | {name: replace(tensors[name], spec=replace(tensors[name].spec, **fields))}
+    return tensors | {name: replace(tensors[name], spec=tensors[name].spec._replace(**fields))}
 
 
 def kinds(problems: list[Problem]) -> set[str]:

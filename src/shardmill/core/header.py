@@ -7,9 +7,11 @@ value or raises `CheckpointInvalid`; nothing later checks again.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from functools import lru_cache
+from typing import Any, Final, NamedTuple
 
 from shardmill.core.dtypes import BITS, size_in_bytes
 from shardmill.errors import CheckpointInvalid, Problem, refuse, show
@@ -25,9 +27,8 @@ WRITTEN_METADATA: Final = (("format", "pt"),)
 """Loaders look for `format: pt`."""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """One tensor of a shard.
+class TensorSpec(NamedTuple):
+    """One tensor of a shard; a named tuple, since a checkpoint may have a million of them.
 
     >>> TensorSpec("w", "BF16", (2, 3), 0, 12).nbytes
     12
@@ -118,7 +119,8 @@ def parse_json(data: bytes, *, file: str, kind: str) -> Any:
 def parse_header(data: bytes, file_size: int, *, file: str = "") -> ShardHeader:
     """Parse the JSON head of a shard of `file_size` bytes; `data` holds the JSON without its length.
 
-    The law: tensors cover the data section exactly, with no hole, no overlap and nothing after.
+    The law: tensors cover the data section exactly, with no hole, no overlap and nothing after. A header in the plain
+    form that writers give it is read by one expression; any other goes through the JSON parser.
 
     Raises:
         CheckpointInvalid: with every defect of the header.
@@ -126,6 +128,85 @@ def parse_header(data: bytes, file_size: int, *, file: str = "") -> ShardHeader:
     >>> parse_header(b'{"w":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}', 63).tensors[0].shape
     (2,)
     """
+    return _parse_plain(data, file_size) or _parse_any(data, file_size, file)
+
+
+_PLAIN_HEAD: Final = re.compile(r'\{ ?(?:"__metadata__": ?(\{[^{}]*\}), ?)?')
+_PLAIN_ENTRY: Final = re.compile(
+    r'("([ !#-\[\]-~]{1,4096})": ?\{("dtype": ?"[A-Z0-9_]+", ?"shape": ?\[[0-9, ]{0,200}\]), ?'
+    r'"data_offsets": ?\[(0|[1-9][0-9]{0,17}), ?(0|[1-9][0-9]{0,17})\]\}(?:, ?|\} *\Z))'
+)
+"""Groups: the whole entry, name, dtype and shape, begin, end. Names are printable ASCII without escapes."""
+
+
+def _parse_plain(data: bytes, file_size: int) -> ShardHeader | None:
+    """Read a sound header in plain form; None for any other, about which `_parse_any` has the say.
+
+    Entries that tile the text to its end, with names that differ, leave JSON nothing to object to.
+    """
+    if not data.isascii():
+        return None
+    text = data.decode("ascii")
+    head = _PLAIN_HEAD.match(text)
+    if head is None or not text.rstrip(" ").endswith("}}"):
+        return None
+    rows = _PLAIN_ENTRY.findall(text, head.end())
+    names = {row[1] for row in rows}
+    is_tiled = sum([len(row[0]) for row in rows]) == len(text) - head.end()
+    if not is_tiled or len(names) != len(rows) or "__metadata__" in names:
+        return None
+    metadata = _plain_metadata(head[1])
+    specs = _plain_specs(rows)
+    if metadata is None or specs is None:
+        return None
+    header = ShardHeader(specs, metadata, LENGTH_BYTES + len(data))
+    return None if _check_extent(header, file_size, "") else header
+
+
+def _plain_metadata(text: str | None) -> tuple[tuple[str, str], ...] | None:
+    problems: list[Problem] = []
+    try:
+        found = _parse_metadata(parse_json((text or "{}").encode(), file="", kind=""), "", problems)
+    except CheckpointInvalid:
+        return None
+    return None if problems else found
+
+
+def _plain_specs(rows: Sequence[tuple[str, str, str, str, str]]) -> tuple[TensorSpec, ...] | None:
+    """Turn matched entries into specs in order of their data; None when one of them is unsound."""
+    specs: list[TensorSpec] = []
+    reached, reached_text, is_sorted = 0, "0", True
+    for _, name, kind, begin_text, end_text in rows:
+        dtype, shape, nbytes = _plain_kind(kind)
+        begin = reached if begin_text == reached_text else int(begin_text)
+        end = int(end_text)
+        if nbytes != end - begin:
+            return None
+        is_sorted = is_sorted and begin == reached and nbytes > 0
+        reached, reached_text = end, end_text
+        specs.append(TensorSpec(name, dtype, shape, begin, end))
+    if not is_sorted:
+        specs.sort(key=_data_order)
+    return tuple(specs)
+
+
+@lru_cache(maxsize=4096)
+def _plain_kind(text: str) -> tuple[str, tuple[int, ...], int | None]:
+    """Dtype, shape and bytes of an entry's `"dtype":…,"shape":…`; None for bytes when it is unsound."""
+    try:
+        kind = json.loads(f"{{{text}}}")
+    except ValueError:
+        return "", (), None
+    dtype, shape = kind["dtype"], tuple(kind["shape"])
+    is_sound = dtype in BITS and len(shape) <= RANK_LIMIT and all(map(_is_count, shape))
+    return dtype, shape, size_in_bytes(dtype, shape) if is_sound else None
+
+
+def _data_order(spec: TensorSpec) -> tuple[int, int, str]:
+    return spec.begin, spec.end, spec.name
+
+
+def _parse_any(data: bytes, file_size: int, file: str) -> ShardHeader:
     if not data.startswith(b"{"):
         raise refuse("header-invalid", "header does not start with `{`", file=file)
     raw = parse_json(data, file=file, kind="header-invalid")
@@ -134,7 +215,7 @@ def parse_header(data: bytes, file_size: int, *, file: str = "") -> ShardHeader:
     problems: list[Problem] = []
     metadata = _parse_metadata(raw.pop("__metadata__", {}), file, problems)
     specs = [spec for name, entry in raw.items() if (spec := _parse_entry(name, entry, file, problems))]
-    specs.sort(key=lambda spec: (spec.begin, spec.end, spec.name))
+    specs.sort(key=_data_order)
     header = ShardHeader(tuple(specs), metadata, LENGTH_BYTES + len(data))
     if not problems:
         problems = _check_extent(header, file_size, file)
@@ -189,12 +270,12 @@ def _parse_entry(name: str, entry: Any, file: str, problems: list[Problem]) -> T
 def _check_extent(header: ShardHeader, file_size: int, file: str) -> list[Problem]:
     problems: list[Problem] = []
     reached = 0
-    for spec in header.tensors:
-        if spec.nbytes and spec.begin != reached:
-            word = "overlap" if spec.begin < reached else "hole"
-            message = f"{word} in the data section: byte {reached} expected, data_offsets begin at {spec.begin}"
-            problems.append(Problem(file=file, tensor=spec.name, kind="header-invalid", message=message))
-        reached = max(reached, spec.end)
+    for name, _, _, begin, end in header.tensors:
+        if begin not in (reached, end):
+            word = "overlap" if begin < reached else "hole"
+            message = f"{word} in the data section: byte {reached} expected, data_offsets begin at {begin}"
+            problems.append(Problem(file=file, tensor=name, kind="header-invalid", message=message))
+        reached = max(reached, end)
     if header.data_start + reached != file_size:
         message = f"expected {header.data_start + reached} bytes by its header, found {file_size}"
         kind = "shard-truncated" if header.data_start + reached > file_size else "shard-too-long"
