@@ -123,7 +123,7 @@ def test_what_is_encoded_parses_to_itself(rows: list[tuple[str, list[int]]]) -> 
     assert sorted((s.name, s.dtype, s.shape, s.begin, s.end) for s in header.tensors) == sorted(placed)
 
 
-NAMES = st.text(st.sampled_from("ab.0 é\\\"\t"), min_size=1, max_size=4) | st.just("__metadata__")
+NAMES = st.text(st.sampled_from('ab.0 é\\"\t'), min_size=1, max_size=4) | st.just("__metadata__")
 PIECES = ['"', ",", "{", "}", "[", "]", ":", " ", "0", "1", "01", "-", "1.0", "\\u0061", "\n", "null", '"a":', "é"]
 SEPARATORS = [(",", ":"), (", ", ": "), (",\n", ":")]
 

@@ -8,7 +8,10 @@ below one parent are merged.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Final
+
+from shardmill.core.matching import templates
 
 FUSED_ROWS: Final[tuple[tuple[str, ...], ...]] = (
     ("q_proj", "k_proj", "v_proj"),
@@ -35,6 +38,18 @@ for _number, _row in enumerate(FUSED_ROWS):
         _ROWS_OF.setdefault(_leaf, []).append(_number)
 
 
+_LEAF_TEMPLATES: Final = frozenset(templates(list(_ROWS_OF)))
+
+
+def may_fuse(template: str) -> bool:
+    """Tell whether any module of a template stands in the table; see `matching.templates`.
+
+    >>> may_fuse("model.layers.00.w0"), may_fuse("model.layers.00.o_proj")
+    (True, False)
+    """
+    return template.rpartition(".")[2] in _LEAF_TEMPLATES
+
+
 def is_fusable(module: str) -> bool:
     """Tell whether the module's leaf name stands in the table.
 
@@ -58,8 +73,19 @@ def fused_sets(modules: Iterable[str]) -> tuple[tuple[str, ...], ...]:
     found: list[tuple[str, ...]] = []
     for parent, leaves in below.items():
         prefix = f"{parent}." if parent else ""
-        found += [tuple(prefix + leaf for leaf in sorted(group)) for group in _merge_rows(leaves) if len(group) > 1]
+        found += [tuple(prefix + leaf for leaf in group) for group in fused_leaves(tuple(leaves))]
     return tuple(sorted(found))
+
+
+@lru_cache(maxsize=4096)
+def fused_leaves(leaves: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    """Group the leaves below one parent into fused sets of two or more members, each sorted.
+
+    >>> fused_leaves(("w1", "w2", "w3"))
+    (('w1', 'w3'),)
+    """
+    present = [leaf for leaf in leaves if leaf in _ROWS_OF]
+    return tuple(tuple(sorted(group)) for group in _merge_rows(present) if len(group) > 1)
 
 
 def _merge_rows(leaves: list[str]) -> list[set[str]]:

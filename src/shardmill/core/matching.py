@@ -8,7 +8,7 @@ group that matches a module keeps it; `ignore` beats every group.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -26,6 +26,38 @@ def split_name(tensor: str) -> tuple[str, str]:
     """
     module, _, param = tensor.rpartition(".")
     return module, param
+
+
+_TO_ZERO: Final = bytes.maketrans(b"123456789", b"000000000")
+
+
+def templates(names: Sequence[str]) -> list[str]:
+    """The names with every ASCII digit written as 0: names of one template differ in nothing but digits.
+
+    >>> templates(["model.layers.31.norm", "lm_head"])
+    ['model.layers.00.norm', 'lm_head']
+    """
+    found = _zeroed("\n".join(names)).split("\n")
+    return found if len(found) == len(names) else [_zeroed(name) for name in names]
+
+
+def _zeroed(text: str) -> str:
+    return text.encode("utf-8", "surrogatepass").translate(_TO_ZERO).decode("utf-8", "surrogatepass")
+
+
+_ANY_DIGIT: Final = re.compile(r"(?<!\\)\[0-9\]")
+_DIGIT: Final = re.compile(r"[0-9]|\\N|\(\?P=")
+
+
+def sees_digits(pattern: str) -> bool:
+    r"""Whether a pattern may match one name of a template and not another.
+
+    It cannot when its text has no digit but those of `[0-9]`, no character by name, and no reference to a named group.
+
+    >>> [sees_digits(p) for p in ("lm_head", r"re:.*\.[0-9]+\.mlp\..*", r"re:.*\.\d\.mlp", "re:.*3.*", "w1")]
+    [False, False, False, True, True]
+    """
+    return _DIGIT.search(_ANY_DIGIT.sub("", pattern)) is not None
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str] | None:
@@ -56,10 +88,26 @@ class PatternSet:
     matched: set[str] = field(default_factory=set)
     _literals: dict[str, str] = field(init=False)
     _regexes: list[tuple[str, re.Pattern[str]]] = field(init=False)
+    _numbered: frozenset[str] = field(init=False)
+    """Literals that see digits."""
+    _counting: list[tuple[str, re.Pattern[str]]] = field(init=False)
+    """Expressions that see digits."""
 
     def __post_init__(self) -> None:
         self._literals = {p: p for p in self.patterns if not p.startswith("re:")}
         self._regexes = [(p, compiled) for p in self.patterns if (compiled := compile_pattern(p))]
+        self._numbered = frozenset(filter(sees_digits, self._literals))
+        self._counting = [entry for entry in self._regexes if sees_digits(entry[0])]
+
+    @property
+    def sees_digits(self) -> bool:
+        """Whether any pattern does."""
+        return bool(self._numbered or self._counting)
+
+    def digit_hits(self, module: str) -> tuple[str, ...]:
+        """Of the patterns that see digits, those that match; nothing is noted."""
+        literal = (module,) if module in self._numbered else ()
+        return (*literal, *[pattern for pattern, regex in self._counting if regex.match(module)])
 
     def match(self, module: str) -> str | None:
         """Return the first pattern that matches, literals before expressions; note every one that does."""
@@ -112,6 +160,16 @@ class Matcher:
             if found is None and (pattern or catches_all):
                 found = Target(number, pattern or "Linear", explicit=pattern is not None)
         return found
+
+    def digit_hits(self) -> Callable[[str], tuple[tuple[str, ...], ...]] | None:
+        """What tells modules of one template apart: by module, the patterns that see digits and match it.
+
+        Patterns treat modules of the same template and the same hits alike. None when no pattern sees digits.
+        """
+        sets = [patterns for patterns in (self.ignore, *(p for _, p in self.groups)) if patterns.sees_digits]
+        if not sets:
+            return None
+        return lambda module: tuple([patterns.digit_hits(module) for patterns in sets])
 
     def unmatched(self) -> tuple[tuple[str, str], ...]:
         """`(where, pattern)` of every user pattern that matched nothing."""

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from shardmill.core.digest import STAGE_VERSIONS, digest_json
 from shardmill.core.experts import HALVES, parse_stack
@@ -59,8 +59,7 @@ class Checkpoint:
         return parsed if isinstance(parsed, dict) else {}
 
 
-@dataclass(frozen=True, slots=True)
-class TensorRef:
+class TensorRef(NamedTuple):
     """A tensor of some shard: what is needed to read it."""
 
     shard: str
@@ -68,8 +67,7 @@ class TensorRef:
     spec: TensorSpec
 
 
-@dataclass(frozen=True, slots=True)
-class TensorPlan:
+class TensorPlan(NamedTuple):
     """The decision for one source tensor."""
 
     spec: TensorSpec

@@ -6,16 +6,27 @@ Names and numbers in, a value out; nothing is opened and nothing is raised.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 from shardmill.core.dtypes import CODES, COMPUTABLE
 from shardmill.core.experts import Sizes, Stack, choose_layout, parse_stack, read_sizes
-from shardmill.core.fused import fused_sets, is_fusable
+from shardmill.core.fused import fused_leaves, may_fuse
 from shardmill.core.header import TensorSpec
-from shardmill.core.matching import Matcher, split_name
-from shardmill.core.plan import COPY, QUANTIZE, SPLIT, Checkpoint, Plan, ShardPlan, TensorPlan, TensorRef
+from shardmill.core.matching import Matcher, split_name, templates
+from shardmill.core.plan import (
+    COPY,
+    QUANTIZE,
+    SPLIT,
+    Checkpoint,
+    Plan,
+    ShardPlan,
+    SourceShard,
+    TensorPlan,
+    TensorRef,
+)
 from shardmill.core.recipe import Recipe
 from shardmill.core.roles import Role, role_of, runtime_heads
 from shardmill.core.scheme import Scheme
@@ -44,6 +55,7 @@ class _Choice:
     reason: str
     pattern: str | None = None
     """The target that names it; None for a catch-all."""
+    by_role: bool = False
 
 
 def _is_demanded(shape: tuple[int, ...], choice: _Choice) -> bool:
@@ -54,6 +66,24 @@ def _is_demanded(shape: tuple[int, ...], choice: _Choice) -> bool:
     if choice.pattern is None or 0 in shape:
         return False
     return len(shape) > 1 or not choice.pattern.startswith("re:")
+
+
+class _Decision(NamedTuple):
+    """What becomes of a tensor, and what else follows from it; one value for all tensors of a kind."""
+
+    action: str
+    reason: str
+    group: int = -1
+    layout: str | None = None
+    is_dense: bool = False
+    """Whether it is a matrix that stays dense."""
+    by_role: bool = False
+    fused_at: int = 0
+    """Characters of leaf and param where engines may fuse the module with others; 0 where they never do."""
+
+
+_Kind = tuple[object, ...]
+"""All that a decision depends on: template, dtype, shape, and the patterns that see digits and match."""
 
 
 @dataclass(slots=True)
@@ -69,22 +99,46 @@ class _Planner:
     warnings: list[Problem] = field(default_factory=list)
     linear_modules: list[str] = field(default_factory=list)
     """Modules whose weight is a matrix that stays dense."""
-    role_copies: set[str] = field(default_factory=set)
+    known: dict[_Kind, _Decision] = field(default_factory=dict)
+    """Decisions that hold for every tensor of their kind."""
+    fused_groups: set[int] = field(default_factory=set)
+    """Groups of modules that may be fused."""
     split: dict[Stack, str] = field(default_factory=dict)
     """Tensor by the stack that its name stands for: with and without `.weight` are the same."""
 
-    def decide(self, spec: TensorSpec, shard: str) -> TensorPlan:
-        """Choose what happens to one tensor, and why."""
-        stack = parse_stack(spec.name, spec.shape)
-        if stack is not None:
-            return self._decide_stack(spec, stack, shard)
+    def decide_all(self, shard: SourceShard) -> list[_Decision]:
+        """Choose what happens to every tensor of a shard, and why.
+
+        Patterns and roles are asked once for each kind of tensor: no answer depends on digits but through the patterns
+        that see them. Only a fused expert stack is decided by itself.
+        """
+        hits = self.matcher.digit_hits()
+        found: list[_Decision] = []
+        specs = shard.header.tensors
+        for spec, template in zip(specs, templates([spec.name for spec in specs]), strict=True):
+            kind: _Kind = (template, spec.dtype, spec.shape)
+            if hits is not None:
+                kind = (*kind, hits(split_name(spec.name)[0]))
+            decision = self.known.get(kind)
+            if decision is None:
+                stack = parse_stack(spec.name, spec.shape)
+                if stack is None:
+                    decision = self.known[kind] = self._decide(spec)
+                else:
+                    decision = self._decide_stack(spec, stack, shard.name)
+            if decision.is_dense:
+                self.linear_modules.append(split_name(spec.name)[0])
+            found.append(decision)
+        return found
+
+    def _decide(self, spec: TensorSpec) -> _Decision:
         module, param = split_name(spec.name)
         choice = self._resolve(module)
         if param != "weight":
-            return TensorPlan(spec, COPY, "not a weight")
+            return _Decision(COPY, "not a weight")
         return self._decide_weight(spec, module, choice)
 
-    def _decide_weight(self, spec: TensorSpec, module: str, choice: _Choice) -> TensorPlan:
+    def _decide_weight(self, spec: TensorSpec, module: str, choice: _Choice) -> _Decision:
         group, reason = choice.group, choice.reason
         is_matrix = len(spec.shape) == 2 and 0 not in spec.shape
         if group >= 0 and not is_matrix and not _is_demanded(spec.shape, choice):
@@ -95,11 +149,18 @@ class _Planner:
             size = self.recipe.groups[group].scheme.weights.group_size
             if size and spec.shape[1] % size:
                 group, reason = -1, f"group_size {size} does not divide {spec.shape[1]}"
-        if group < 0:
-            if is_matrix:
-                self.linear_modules.append(module)
-            return TensorPlan(spec, COPY, reason)
-        return TensorPlan(spec, QUANTIZE, reason, group)
+        fused_at = 0
+        if len(spec.shape) == 2 and may_fuse(templates([module])[0]):
+            fused_at = len(module.rpartition(".")[2]) + len(".weight")
+            self.fused_groups.add(group)
+        return _Decision(
+            action=COPY if group < 0 else QUANTIZE,
+            reason=reason,
+            group=group,
+            is_dense=group < 0 and is_matrix,
+            by_role=choice.by_role,
+            fused_at=fused_at,
+        )
 
     def _resolve(self, module: str) -> _Choice:
         """Choose by name alone; notes every pattern that matches."""
@@ -111,11 +172,10 @@ class _Planner:
             return _Choice(-1, "no target matches")
         role = _role(module) if self.recipe.default_ignores else None
         if role is not None and not target.explicit:
-            self.role_copies.add(module)
-            return _Choice(-1, f"default: {role.name} ({role.why})")
+            return _Choice(-1, f"default: {role.name} ({role.why})", by_role=True)
         return _Choice(target.group, f"target {show(target.pattern)}", target.pattern if target.explicit else None)
 
-    def _decide_stack(self, spec: TensorSpec, stack: Stack, shard: str) -> TensorPlan:
+    def _decide_stack(self, spec: TensorSpec, stack: Stack, shard: str) -> _Decision:
         """Split a stack when every expert in it is quantized alike; copy it when none is."""
         whole = f"{stack.prefix}.{stack.leaf}"
         ignored = self.matcher.ignored_by(whole)
@@ -124,7 +184,7 @@ class _Planner:
         reason = min((choice.reason for choice in found), default="no experts")
         if ignored is not None or groups <= {-1}:
             self.linear_modules += [whole, *stack.modules(0)] if stack.param == "weight" else []
-            return TensorPlan(spec, COPY, f"ignored by {show(ignored)}" if ignored else reason)
+            return _Decision(COPY, f"ignored by {show(ignored)}" if ignored else reason)
         if len(groups) > 1:
             self._refuse(
                 shard,
@@ -133,7 +193,7 @@ class _Planner:
                 "its experts are not all treated alike",
                 "name all experts of a layer, or none",
             )
-            return TensorPlan(spec, COPY, "experts are not treated alike")
+            return _Decision(COPY, "experts are not treated alike")
         layout = self.layouts.get(stack.prefix, self.recipe.expert_layout)
         if layout is None:
             sizes = f"hidden_size {sorted(self.sizes.hidden)}, widths {sorted(self.sizes.widths)}"
@@ -144,7 +204,7 @@ class _Planner:
                 f"layout of fused experts {list(spec.shape)} cannot be told from {sizes}",
                 "set expert_layout to rows, columns or interleaved, or ignore it",
             )
-            return TensorPlan(spec, COPY, "layout of fused experts unknown")
+            return _Decision(COPY, "layout of fused experts unknown")
         first = self.split.setdefault(stack, spec.name)
         if first != spec.name:
             self._refuse(
@@ -154,7 +214,7 @@ class _Planner:
                 f"its experts would have the names of those of {show(first)}",
                 "ignore both",
             )
-        return TensorPlan(spec, SPLIT, reason, groups.pop() if stack.param == "weight" else -1, layout)
+        return _Decision(SPLIT, reason, groups.pop() if stack.param == "weight" else -1, layout)
 
     def _refuse(self, shard: str, spec: TensorSpec, kind: str, message: str, way_out: str = "") -> None:
         self.problems.append(Problem(file=shard, tensor=spec.name, kind=kind, message=message, way_out=way_out))
@@ -169,7 +229,7 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     planner = _Planner(recipe, sizes, Matcher.build([g.targets for g in recipe.groups], recipe.ignore))
     planner.layouts = _stack_layouts(checkpoint, sizes, recipe)
     schemes = tuple(group.scheme for group in recipe.groups)
-    decided = [[planner.decide(spec, shard.name) for spec in shard.header.tensors] for shard in checkpoint.shards]
+    decided = [planner.decide_all(shard) for shard in checkpoint.shards]
     refs = _share_global_scales(checkpoint, decided, planner, schemes)
     shards = tuple(
         ShardPlan(
@@ -177,10 +237,10 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
             name=shard.name,
             size=shard.size,
             data_start=shard.header.data_start,
-            tensors=tuple(replace(t, fused=refs[t.spec.name]) if t.spec.name in refs else t for t in tensors),
+            tensors=_tensor_plans(shard, decisions, refs),
             schemes=schemes,
         )
-        for number, (shard, tensors) in enumerate(zip(checkpoint.shards, decided, strict=True))
+        for number, (shard, decisions) in enumerate(zip(checkpoint.shards, decided, strict=True))
     )
     heads = runtime_heads(sizes.model_types)
     problems = [
@@ -190,8 +250,6 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         *_check_coverage(planner, shards, heads),
     ]
     problems += _check_config(checkpoint)
-    # The names of a split stack's experts never collide with modules that stay dense.
-    quantized = {split_name(t.spec.name)[0] for shard in shards for t in shard.tensors if t.action == QUANTIZE}
     return Plan(
         recipe=recipe,
         shards=shards,
@@ -200,10 +258,27 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         model_types=sizes.model_types,
         files=checkpoint.files,
         left_out=checkpoint.left_out,
-        ignore=tuple(sorted({*planner.linear_modules, *heads} - quantized)),
+        ignore=_dense_modules({*planner.linear_modules, *heads}, shards),
         problems=tuple(sorted(set(problems))),
         warnings=tuple(sorted({*checkpoint.warnings, *planner.warnings, *_partial_blocks(shards)})),
     )
+
+
+def _tensor_plans(
+    shard: SourceShard, decisions: Iterable[_Decision], refs: Mapping[str, tuple[TensorRef, ...]]
+) -> tuple[TensorPlan, ...]:
+    rows = zip(shard.header.tensors, decisions, strict=True)
+    return tuple([TensorPlan(spec, d.action, d.reason, d.group, d.layout, refs.get(spec.name, ())) for spec, d in rows])
+
+
+def _dense_modules(modules: set[str], shards: Iterable[ShardPlan]) -> tuple[str, ...]:
+    """Those modules that no shard quantizes, sorted.
+
+    The names of a split stack's experts never collide with modules that stay dense.
+    """
+    weights = {name for module in modules for name in ([f"{module}.weight"] if module else ["weight", ".weight"])}
+    found = [t.spec.name for s in shards for t in s.tensors if t.action == QUANTIZE and t.spec.name in weights]
+    return tuple(sorted(modules.difference(split_name(name)[0] for name in found)))
 
 
 def _partial_blocks(shards: Iterable[ShardPlan]) -> list[Problem]:
@@ -211,6 +286,7 @@ def _partial_blocks(shards: Iterable[ShardPlan]) -> list[Problem]:
     found = [
         (shard.name, tensor.spec, block)
         for shard in shards
+        if any(scheme.weights.block_structure for scheme in shard.schemes)
         for tensor in shard.tensors
         if tensor.action == QUANTIZE and (block := shard.schemes[tensor.scheme].weights.block_structure)
         if len(tensor.spec.shape) == 2 and any(n % size for n, size in zip(tensor.spec.shape, block, strict=True))
@@ -243,41 +319,59 @@ def _stack_layouts(checkpoint: Checkpoint, sizes: Sizes, recipe: Recipe) -> dict
     return {prefix: recipe.expert_layout or choose_layout(found, sizes) for prefix, found in shapes.items()}
 
 
+class _Member(NamedTuple):
+    """A tensor that engines may fuse with others."""
+
+    ref: TensorRef
+    decision: _Decision
+
+
 def _share_global_scales(
-    checkpoint: Checkpoint, decided: Sequence[Sequence[TensorPlan]], planner: _Planner, schemes: Sequence[Scheme]
+    checkpoint: Checkpoint, decided: Sequence[Sequence[_Decision]], planner: _Planner, schemes: Sequence[Scheme]
 ) -> dict[str, tuple[TensorRef, ...]]:
     """Members of each fused set that share a global scale, by tensor name; reports sets whose members disagree."""
-    located: dict[str, tuple[TensorRef, TensorPlan]] = {}
-    for shard, tensors in zip(checkpoint.shards, decided, strict=True):
-        for tensor in tensors:
-            module, param = split_name(tensor.spec.name)
-            if param == "weight" and len(tensor.spec.shape) == 2 and is_fusable(module):
-                located[module] = (TensorRef(shard.name, shard.header.data_start, tensor.spec), tensor)
     shared: dict[str, tuple[TensorRef, ...]] = {}
-    for members in fused_sets(located):
-        _check_fused(members, located, planner)
-        for group in {located[m][1].scheme for m in members} - {-1}:
-            if schemes[group].weights.has_global_scale:
-                refs = tuple(located[m][0] for m in members if located[m][1].scheme == group)
-                shared.update({ref.spec.name: refs for ref in refs if len(refs) > 1})
+    scaled = frozenset(group for group in planner.fused_groups - {-1} if schemes[group].weights.has_global_scale)
+    if len(planner.fused_groups) < 2 and not scaled:
+        return shared
+    for members in _fused_members(checkpoint, decided):
+        groups = {member.decision.group for member in members}
+        if len(groups) > 1:
+            _check_fused(members, planner)
+        for group in groups & scaled:
+            refs = tuple([member.ref for member in members if member.decision.group == group])
+            if len(refs) > 1:
+                shared.update(dict.fromkeys([ref.spec.name for ref in refs], refs))
     return shared
 
 
-def _check_fused(
-    members: Sequence[str], located: Mapping[str, tuple[TensorRef, TensorPlan]], planner: _Planner
-) -> None:
-    groups = {member: located[member][1].scheme for member in members}
-    if len(set(groups.values())) == 1 or planner.recipe.partial_fused:
+def _fused_members(checkpoint: Checkpoint, decided: Sequence[Sequence[_Decision]]) -> Iterator[tuple[_Member, ...]]:
+    """Every fused set of two or more members, sorted by name."""
+    below: dict[str, list[tuple[SourceShard, TensorSpec, _Decision]]] = {}
+    for shard, decisions in zip(checkpoint.shards, decided, strict=True):
+        for spec, decision in zip(shard.header.tensors, decisions, strict=True):
+            if decision.fused_at:
+                below.setdefault(spec.name[: -decision.fused_at], []).append((shard, spec, decision))
+    for parent, rows in below.items():
+        by_leaf = {row[1].name[len(parent) : -len(".weight")]: row for row in rows}
+        for leaves in fused_leaves(tuple(sorted(by_leaf))):
+            chosen = [by_leaf[leaf] for leaf in leaves]
+            yield tuple([_Member(TensorRef(s.name, s.header.data_start, spec), d) for s, spec, d in chosen])
+
+
+def _check_fused(members: Sequence[_Member], planner: _Planner) -> None:
+    if planner.recipe.partial_fused:
         return
-    odd = sorted(member for member in members if groups[member] != groups[members[0]])
-    by_role = all(member in planner.role_copies for member in members if groups[member] < 0)
-    by_role &= len(set(groups.values()) - {-1}) == 1
-    ref = located[odd[0]][0]
+    first = members[0].decision.group
+    odd = next(member.ref for member in members if member.decision.group != first)
+    by_role = all(member.decision.by_role for member in members if member.decision.group < 0)
+    by_role &= len({member.decision.group for member in members} - {-1}) == 1
+    names = ", ".join(show(split_name(member.ref.spec.name)[0]) for member in members)
     problem = Problem(
-        file=ref.shard,
-        tensor=ref.spec.name,
+        file=odd.shard,
+        tensor=odd.spec.name,
         kind="fused-set-split",
-        message=f"engines fuse {', '.join(map(show, members))} into one layer, the recipe treats them differently",
+        message=f"engines fuse {names} into one layer, the recipe treats them differently",
         way_out="treat all of them alike, or set partial_fused",
     )
     (planner.warnings if by_role else planner.problems).append(problem)
@@ -287,6 +381,8 @@ def _check_index(checkpoint: Checkpoint) -> list[Problem]:
     """Agreement of index and headers both ways; duplicates over shards."""
     problems: list[Problem] = []
     owner: dict[str, str] = {}
+    if _is_agreed(checkpoint):
+        return problems
     for shard in checkpoint.shards:
         for spec in shard.header.tensors:
             first = owner.setdefault(spec.name, shard.name)
@@ -302,6 +398,16 @@ def _check_index(checkpoint: Checkpoint) -> list[Problem]:
             message = f"the index places it in this shard, {found}"
             problems.append(Problem(file=shard_name, tensor=tensor, kind="index-disagrees", message=message))
     return problems
+
+
+def _is_agreed(checkpoint: Checkpoint) -> bool:
+    """Whether index and headers name the same tensors in the same shards, each once."""
+    owner: dict[str, str] = {}
+    for shard in checkpoint.shards:
+        owner.update(dict.fromkeys([spec.name for spec in shard.header.tensors], shard.name))
+    if len(owner) != sum(len(shard.header.tensors) for shard in checkpoint.shards):
+        return False
+    return checkpoint.index is None or owner == dict(checkpoint.index.weight_map)
 
 
 def _check_coverage(planner: _Planner, shards: Iterable[ShardPlan], heads: Sequence[str]) -> list[Problem]:
