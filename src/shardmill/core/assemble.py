@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from math import prod
 from typing import Any, Final
 
 from shardmill.core.digest import digest_json
 from shardmill.core.index import encode_index
-from shardmill.core.plan import Plan
+from shardmill.core.plan import Plan, ShardSizes
 from shardmill.core.receipt import Receipt
 from shardmill.core.recipe import recipe_to_json
 from shardmill.core.scheme import scheme_to_json
@@ -229,15 +228,10 @@ def totals(plan: Plan) -> dict[str, int]:
     `quantized_bytes` counts codes, scales and all else that replaces a weight. The plan must be free of problems: a
     tensor that cannot be treated as decided has no output.
     """
-    found = dict.fromkeys(("output_bytes", "quantized_weights", "quantized_bytes", "copied_weights", "copied_bytes"), 0)
+    found = dict.fromkeys(ShardSizes._fields, 0)
     for shard in plan.shards:
-        layout = shard.layout()
-        found["output_bytes"] += len(layout.header()) + layout.data_bytes
-        for unit in layout.units:
-            kind = "copied" if unit.scheme is None else "quantized"
-            elements = prod(unit.outputs[0].shape) if unit.scheme is None else unit.rows * unit.cols
-            found[f"{kind}_weights"] += elements
-            found[f"{kind}_bytes"] += sum(spec.nbytes for spec in unit.outputs)
+        for name, value in shard.sizes()._asdict().items():
+            found[name] += value
     return {"source_bytes": plan.source_bytes, **found}
 
 

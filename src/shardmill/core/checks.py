@@ -6,7 +6,8 @@ from collections.abc import Collection
 
 from shardmill.core.dtypes import COMPUTABLE
 from shardmill.core.experts import HALVES, parse_stack
-from shardmill.core.plan import COPY, SPLIT, Plan, ShardPlan, TensorPlan, units_of
+from shardmill.core.layout import GENERATED_PARAMS
+from shardmill.core.plan import COPY, QUANTIZE, SPLIT, Plan, ShardPlan, TensorPlan, units_of
 from shardmill.core.scheme import Scheme
 from shardmill.errors import Problem
 
@@ -28,13 +29,19 @@ def check_shard(shard: ShardPlan, taken: Collection[str] = ()) -> list[Problem]:
     """Find every tensor of a shard that cannot be treated as decided.
 
     Args:
-        taken: names of all source tensors of the checkpoint: generated names must not collide with them.
+        taken: source names of the checkpoint with which a generated name may collide, see `source_names`.
     """
     problems: list[Problem] = []
+    sound: set[tuple[int, str, tuple[int, ...]]] = set()
     for tensor in shard.tensors:
-        if tensor.action != COPY:
-            found = _check_tensor(tensor, shard.schemes)
-            problems += found or _check_names(tensor, shard.schemes, taken)
+        if tensor.action == COPY:
+            continue
+        kind = (tensor.scheme, tensor.spec.dtype, tensor.spec.shape)
+        is_plain = tensor.action == QUANTIZE
+        found = [] if is_plain and kind in sound else _check_tensor(tensor, shard.schemes)
+        if is_plain and not found:
+            sound.add(kind)
+        problems += found or (_check_names(tensor, shard.schemes, taken) if taken else [])
     return [
         Problem(file=shard.name, tensor=p.tensor, kind=p.kind, message=p.message, way_out=p.way_out)
         for p in sorted(problems)
@@ -42,8 +49,16 @@ def check_shard(shard: ShardPlan, taken: Collection[str] = ()) -> list[Problem]:
 
 
 def source_names(plan: Plan) -> frozenset[str]:
-    """Names of all source tensors."""
-    return frozenset(tensor.spec.name for shard in plan.shards for tensor in shard.tensors)
+    """Names of source tensors that a generated name may equal.
+
+    A quantized weight keeps its name or gets one that ends in a generated param; but where a stack is split, or a
+    module has no name, any name may be generated.
+    """
+    names = [tensor.spec.name for shard in plan.shards for tensor in shard.tensors]
+    splits = any(tensor.action == SPLIT for shard in plan.shards for tensor in shard.tensors)
+    if splits or ".weight" in names:
+        return frozenset(names)
+    return frozenset([name for name in names if name.endswith(GENERATED_PARAMS)])
 
 
 def check_plan(plan: Plan) -> list[Problem]:

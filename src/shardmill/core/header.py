@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
@@ -293,9 +293,36 @@ def encode_header(
     >>> encode_header([("w", "U8", (2,), 0, 2)], [])[8:]
     b'{"w":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}   '
     """
-    table: dict[str, Any] = {"__metadata__": dict(sorted(metadata))} if metadata else {}
-    for name, dtype, shape, begin, end in tensors:
-        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-    body = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    body = _dump(_table(tensors, metadata))
     body += b" " * (-len(body) % ALIGNMENT)
     return len(body).to_bytes(LENGTH_BYTES, "little") + body
+
+
+def _table(
+    tensors: Iterable[tuple[str, str, Sequence[int], int, int]], metadata: Sequence[tuple[str, str]]
+) -> dict[str, Any]:
+    table: dict[str, Any] = {"__metadata__": dict(sorted(metadata))} if metadata else {}
+    for name, dtype, shape, begin, end in tensors:
+        table[name] = {"dtype": dtype, "shape": shape, "data_offsets": (begin, end)}
+    return table
+
+
+def _dump(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def encode_entries(tensors: Iterable[tuple[str, str, Sequence[int], int, int]]) -> Iterator[bytes]:
+    """The entry of each row in a header, with the comma that parts it from others."""
+    for row in tensors:
+        yield _dump(_table([row], []))[:-1].replace(b"{", b",", 1)
+
+
+def encoded_length(entries: int, metadata: Sequence[tuple[str, str]]) -> int:
+    """Bytes that `encode_header` gives for metadata and entries of so many bytes."""
+    body = len(_dump(_table([], metadata))) + entries
+    return LENGTH_BYTES + body + -body % ALIGNMENT
+
+
+def text_bytes(texts: Iterable[str]) -> int:
+    """Bytes that texts take in a header, without quotes."""
+    return len(_dump("".join(texts))) - len('""')

@@ -7,21 +7,30 @@ break the alignment of what follows come after the others, and scalars come last
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 from math import lcm
-from typing import Final
+from typing import Final, NamedTuple
 
 from shardmill.core.dtypes import BITS, scale_dtype_for, size_in_bytes
-from shardmill.core.header import ALIGNMENT, WRITTEN_METADATA, TensorSpec, encode_header
+from shardmill.core.header import (
+    ALIGNMENT,
+    WRITTEN_METADATA,
+    TensorSpec,
+    encode_entries,
+    encode_header,
+    encoded_length,
+)
 from shardmill.core.scheme import Scheme, WeightArgs
 
 WORD_BITS: Final = 32
 _SCALAR_BYTES: Final = 16
 
 
-@dataclass(frozen=True, slots=True)
-class OutputSpec:
+class OutputSpec(NamedTuple):
     """One tensor to be written."""
 
     name: str
@@ -118,6 +127,16 @@ def _codes(scheme: Scheme, rows: int, cols: int) -> tuple[str, str, tuple[int, .
     return "weight", "I8" if args.type == "int" else "F8_E4M3", (rows, cols)
 
 
+GENERATED_PARAMS: Final = (
+    "weight_packed",
+    "weight_scale",
+    "weight_zero_point",
+    "weight_global_scale",
+    "weight_shape",
+)
+"""Params that replace a weight, beside `weight` itself."""
+
+
 def quantized_outputs(module: str, scheme: Scheme, rows: int, cols: int, source_dtype: str) -> tuple[OutputSpec, ...]:
     """Tensors that replace a `[rows, cols]` weight, codes first.
 
@@ -125,6 +144,15 @@ def quantized_outputs(module: str, scheme: Scheme, rows: int, cols: int, source_
     >>> [o.param for o in quantized_outputs("m", parse_scheme("W4A16_ASYM"), 64, 128, "BF16")]
     ['weight_packed', 'weight_scale', 'weight_zero_point', 'weight_shape']
     """
+    prefix = f"{module}." if module else ""
+    return tuple(
+        [OutputSpec(prefix + param, dtype, shape) for param, dtype, shape in _params(scheme, rows, cols, source_dtype)]
+    )
+
+
+@lru_cache(maxsize=4096)
+def _params(scheme: Scheme, rows: int, cols: int, source_dtype: str) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+    """Param, dtype and shape of what replaces a weight."""
     args = scheme.weights
     scales = scale_shape(args, rows, cols)
     found = [_codes(scheme, rows, cols), ("weight_scale", _scale_dtype(args, source_dtype), scales)]
@@ -137,12 +165,10 @@ def quantized_outputs(module: str, scheme: Scheme, rows: int, cols: int, source_
         found.append(("weight_global_scale", "F32", (1,)))
     if packed:
         found.append(("weight_shape", "I64", (2,)))
-    prefix = f"{module}." if module else ""
-    return tuple(OutputSpec(prefix + param, dtype, shape) for param, dtype, shape in found)
+    return tuple(found)
 
 
-@dataclass(frozen=True, slots=True)
-class Placed:
+class Placed(NamedTuple):
     """An output tensor at its place in the data section of the output shard."""
 
     spec: OutputSpec
@@ -172,31 +198,101 @@ class ShardLayout:
         return encode_header(rows, WRITTEN_METADATA)
 
 
-def _is_scalar(spec: OutputSpec) -> bool:
-    return spec.nbytes <= _SCALAR_BYTES and spec.nbytes % ALIGNMENT != 0
+class Pattern(NamedTuple):
+    """The outputs of one weight but for their names: the same for every weight of one kind."""
+
+    sizes: tuple[int, ...]
+    """Bytes of each output."""
+    widths: tuple[int, ...]
+    """Bits of one element of each output."""
+    scalars: tuple[bool, ...]
+    """Whether an output stands at the end of the shard."""
+    is_ragged: bool
+    """Whether what follows would not be aligned."""
+    header_bytes: int
+    """What its entries take in the header, without names and numbers of offsets."""
 
 
-def _breaks_alignment(unit: Unit) -> bool:
-    return any(spec.nbytes % ALIGNMENT and not _is_scalar(spec) for spec in unit.outputs)
+@lru_cache(maxsize=4096)
+def _pattern(kinds: tuple[tuple[str, tuple[int, ...]], ...]) -> Pattern:
+    sizes = tuple(size_in_bytes(dtype, shape) or 0 for dtype, shape in kinds)
+    scalars = tuple(size <= _SCALAR_BYTES and size % ALIGNMENT != 0 for size in sizes)
+    entries = encode_entries(("", dtype, shape, 0, 0) for dtype, shape in kinds)
+    return Pattern(
+        sizes=sizes,
+        widths=tuple(BITS[dtype] for dtype, _ in kinds),
+        scalars=scalars,
+        is_ragged=any(size % ALIGNMENT and not scalar for size, scalar in zip(sizes, scalars, strict=True)),
+        header_bytes=sum(len(entry) - len("00") for entry in entries),
+    )
 
 
-def _widest(unit: Unit) -> int:
-    return max((BITS[spec.dtype] for spec in unit.outputs), default=0)
+def pattern_of(outputs: Iterable[OutputSpec]) -> Pattern:
+    """Describe outputs without their names."""
+    return _pattern(tuple([(spec.dtype, spec.shape) for spec in outputs]))
+
+
+def _order(patterns: Sequence[Pattern]) -> list[int]:
+    """Positions of weights in the order in which they are encoded: ragged ones last, the widest of them first."""
+    aligned = [n for n, pattern in enumerate(patterns) if not pattern.is_ragged]
+    ragged = [n for n, pattern in enumerate(patterns) if pattern.is_ragged]
+    return aligned + sorted(ragged, key=lambda n: max(patterns[n].widths, default=0), reverse=True)
 
 
 def place(units: Sequence[Unit]) -> ShardLayout:
     """Order units and lay their outputs out without holes."""
-    aligned = [unit for unit in units if not _breaks_alignment(unit)]
-    ragged = sorted((unit for unit in units if _breaks_alignment(unit)), key=_widest, reverse=True)
-    ordered = (*aligned, *ragged)
-    body = [(spec, n) for n, unit in enumerate(ordered) for spec in unit.outputs if not _is_scalar(spec)]
-    scalars = [(spec, n) for n, unit in enumerate(ordered) for spec in unit.outputs if _is_scalar(spec)]
-    scalars.sort(key=lambda entry: (-BITS[entry[0].dtype], entry[1]))
-    return ShardLayout(ordered, tuple(_offsets([*body, *scalars])))
+    patterns = [pattern_of(unit.outputs) for unit in units]
+    order = _order(patterns)
+    body: list[tuple[OutputSpec, int, int]] = []
+    scalars: list[tuple[int, tuple[OutputSpec, int, int]]] = []
+    for number, position in enumerate(order):
+        sizes, widths, last, _, _ = patterns[position]
+        for spec, size, width, is_last in zip(units[position].outputs, sizes, widths, last, strict=True):
+            if is_last:
+                scalars.append((width, (spec, size, number)))
+            else:
+                body.append((spec, size, number))
+    scalars.sort(key=lambda entry: -entry[0])
+    return ShardLayout(
+        tuple([units[position] for position in order]), tuple(_offsets([*body, *[row for _, row in scalars]]))
+    )
 
 
-def _offsets(entries: Iterable[tuple[OutputSpec, int]]) -> Iterator[Placed]:
+def _offsets(entries: Iterable[tuple[OutputSpec, int, int]]) -> Iterator[Placed]:
     begin = 0
-    for spec, unit in entries:
-        yield Placed(spec, begin, begin + spec.nbytes, unit)
-        begin += spec.nbytes
+    for spec, size, unit in entries:
+        end = begin + size
+        yield Placed(spec, begin, end, unit)
+        begin = end
+
+
+def shard_bytes(patterns: Sequence[Pattern], names_bytes: int) -> int:
+    """Size of the output shard whose weights have these patterns, as `place` would lay it out.
+
+    Args:
+        names_bytes: what the names of all outputs take in the header, without quotes; see `text_bytes`.
+    """
+    ordered = [patterns[position] for position in _order(patterns)]
+    sizes: list[int] = []
+    scalars: list[tuple[int, int]] = []
+    for pattern in ordered:
+        if True in pattern.scalars:
+            rows = list(zip(pattern.sizes, pattern.widths, pattern.scalars, strict=True))
+            sizes += [size for size, _, is_last in rows if not is_last]
+            scalars += [(width, size) for size, width, is_last in rows if is_last]
+        else:
+            sizes += pattern.sizes
+    scalars.sort(key=lambda entry: -entry[0])
+    ends = list(accumulate(sizes + [size for _, size in scalars]))
+    digits = _digits([0, *ends[:-1]]) + _digits(ends) if ends else 0
+    entries = sum([pattern.header_bytes for pattern in ordered])
+    return encoded_length(names_bytes + entries + digits, WRITTEN_METADATA) + (ends[-1] if ends else 0)
+
+
+def _digits(ascending: Sequence[int]) -> int:
+    """Decimal digits of all numbers together."""
+    found, power = len(ascending), 10
+    while ascending[-1] >= power:
+        found += len(ascending) - bisect_left(ascending, power)
+        power *= 10
+    return found

@@ -9,13 +9,23 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Final, NamedTuple
 
 from shardmill.core.digest import STAGE_VERSIONS, digest_json
 from shardmill.core.experts import HALVES, parse_stack
-from shardmill.core.header import ShardHeader, TensorSpec
+from shardmill.core.header import ShardHeader, TensorSpec, text_bytes
 from shardmill.core.index import CheckpointIndex
-from shardmill.core.layout import OutputSpec, ShardLayout, Unit, place, quantized_outputs
+from shardmill.core.layout import (
+    OutputSpec,
+    Pattern,
+    ShardLayout,
+    Unit,
+    pattern_of,
+    place,
+    quantized_outputs,
+    shard_bytes,
+)
 from shardmill.core.matching import split_name
 from shardmill.core.recipe import Recipe
 from shardmill.core.scheme import Scheme, weight_args_to_json
@@ -81,6 +91,17 @@ class TensorPlan(NamedTuple):
     """All members of its fused set, itself included, when they share a global scale."""
 
 
+class ShardSizes(NamedTuple):
+    """What an output shard holds; `quantized_bytes` counts codes, scales and all else that replaces a weight."""
+
+    output_bytes: int
+    """With its header."""
+    quantized_weights: int
+    quantized_bytes: int
+    copied_weights: int
+    copied_bytes: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardPlan:
     """Everything one worker needs to know to write one output shard."""
@@ -107,6 +128,30 @@ class ShardPlan:
     def layout(self) -> ShardLayout:
         """Derive the exact bytes of the output shard, data excepted."""
         return place(tuple(self.units()))
+
+    def sizes(self) -> ShardSizes:
+        """Add up what the output shard will hold, as its layout has it, from one weight of each kind.
+
+        Takes a shard without problems: a tensor that cannot be treated as decided has no output.
+        """
+        kinds: dict[tuple[int, str, tuple[int, ...]], _Alike] = {}
+        single: list[_Alike] = []
+        patterns: list[Pattern] = []
+        for tensor in self.tensors:
+            (name, dtype, shape, _, _), action, _, scheme, _, _ = tensor
+            if action == SPLIT or name == _BARE_WEIGHT:
+                alike = [_Alike(unit, [], pattern_of(unit.outputs)) for unit in self.units_of(tensor)]
+                single += alike
+                patterns += [entry.pattern for entry in alike]
+                continue
+            kind = (scheme, dtype, shape)
+            found = kinds.get(kind)
+            if found is None:
+                unit = next(self.units_of(tensor))
+                found = kinds[kind] = _Alike(unit, [], pattern_of(unit.outputs))
+            found.names.append(name)
+            patterns.append(found.pattern)
+        return _add_up([*kinds.values(), *single], patterns)
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -140,6 +185,42 @@ class ShardPlan:
             digests: `algorithm:value` by shard name, for every name in `sources`.
         """
         return digest_json(self.job() | {"sources": [digests[name] for name in self.sources]})
+
+
+_BARE_WEIGHT: Final = ".weight"
+"""The one weight whose outputs do not begin as it does: a module without a name writes none of the dot."""
+
+
+class _Alike(NamedTuple):
+    """One weight, and the names of all source tensors of its kind; none where it stands for itself alone."""
+
+    unit: Unit
+    names: list[str]
+    pattern: Pattern
+
+    @property
+    def names_bytes(self) -> int:
+        """What the names of the outputs take in a header."""
+        outputs = self.unit.outputs
+        if not self.names:
+            return text_bytes(spec.name for spec in outputs)
+        own = len(self.unit.tensor.name)
+        return len(outputs) * text_bytes(self.names) + len(self.names) * sum(len(spec.name) - own for spec in outputs)
+
+
+def _add_up(rows: Sequence[_Alike], patterns: Sequence[Pattern]) -> ShardSizes:
+    elements, sizes = {True: 0, False: 0}, {True: 0, False: 0}
+    for unit, names, pattern in rows:
+        is_copy, times = unit.scheme is None, len(names) or 1
+        elements[is_copy] += times * (prod(unit.outputs[0].shape) if is_copy else unit.rows * unit.cols)
+        sizes[is_copy] += times * sum(pattern.sizes)
+    return ShardSizes(
+        output_bytes=shard_bytes(patterns, sum(row.names_bytes for row in rows)),
+        quantized_weights=elements[False],
+        quantized_bytes=sizes[False],
+        copied_weights=elements[True],
+        copied_bytes=sizes[True],
+    )
 
 
 def _describe(tensor: TensorPlan, schemes: Sequence[dict[str, Any]]) -> list[Any]:

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from shardmill.core.assemble import totals
 from shardmill.core.folding import fold_names
-from shardmill.core.manifest import Manifest, TensorDecision, Totals, parse_manifest
+from shardmill.core.manifest import Manifest, Totals, parse_manifest
 from shardmill.core.plan import COPY, Plan, ShardPlan, TensorPlan
 from shardmill.core.receipt import WeightRecord
 from shardmill.core.recipe import Recipe, recipe_to_json
@@ -92,7 +92,11 @@ def summarize_manifest(manifest: Manifest) -> Summary:
     return Summary(
         totals=manifest.totals,
         shards=len(manifest.shards),
-        decisions=_decisions(tensor for shard in manifest.shards for tensor in shard.tensors),
+        decisions=_decisions(
+            ((tensor.action, tensor.reason, tensor.scheme), tensor.name)
+            for shard in manifest.shards
+            for tensor in shard.tensors
+        ),
         worst=tuple(by_error[:WORST_SHOWN]),
         warnings=(*manifest.warnings, *check_statistics(weights, manifest.recipe)),
     )
@@ -103,21 +107,24 @@ def summarize_plan(plan: Plan) -> Summary:
     return Summary(
         totals=Totals(**totals(plan)),
         shards=len(plan.shards),
-        decisions=_decisions(_decision(tensor, shard) for shard in plan.shards for tensor in shard.tensors),
+        decisions=_decisions(_decided(plan)),
         worst=(),
         warnings=plan.warnings,
     )
 
 
-def _decision(tensor: TensorPlan, shard: ShardPlan) -> TensorDecision:
-    scheme = shard.schemes[tensor.scheme].label if tensor.scheme >= 0 else ""
-    return TensorDecision(name=tensor.spec.name, action=tensor.action, reason=tensor.reason, scheme=scheme)
+def _decided(plan: Plan) -> Iterator[tuple[tuple[str, str, str], str]]:
+    for shard in plan.shards:
+        labels = [scheme.label for scheme in shard.schemes] + [""]  # the last one is number -1
+        for tensor in shard.tensors:
+            yield (tensor.action, tensor.reason, labels[tensor.scheme]), tensor.spec.name
 
 
-def _decisions(tensors: Iterable[TensorDecision]) -> tuple[Decision, ...]:
+def _decisions(tensors: Iterable[tuple[tuple[str, str, str], str]]) -> tuple[Decision, ...]:
+    """Group names by action, reason and scheme."""
     names: dict[tuple[str, str, str], list[str]] = {}
-    for tensor in tensors:
-        names.setdefault((tensor.action, tensor.reason, tensor.scheme), []).append(tensor.name)
+    for decision, name in tensors:
+        names.setdefault(decision, []).append(name)
     found = [
         Decision(
             action=action,

@@ -84,8 +84,7 @@ def _check_space(plan: Plan, source: SourceFolder, store: Store, destination: Pa
     need = 0
     for shard in plan.shards:
         if not _is_stored(shard, source, store):
-            layout = shard.layout()
-            need += layout.data_bytes + len(layout.header())
+            need += shard.sizes().output_bytes
     if need <= free:
         return []
     message = f"{need} bytes are needed for the output, {free} are free at `{existing}`"
