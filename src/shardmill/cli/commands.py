@@ -45,13 +45,14 @@ if TYPE_CHECKING:
 
 def plan(options: Options, console: Console) -> int:
     """Show what would be done to every tensor."""
-    from shardmill.stages.plan import make_plan
+    from shardmill.stages.plan import collection_paused, make_plan
     from shardmill.stages.validate import validate_plan
     from shardmill.storage.source import open_source
 
-    found = make_plan(open_source(options.source), read_recipe(options))
-    problems = validate_plan(found)
-    return _show_plan(found, problems, options, console)
+    with collection_paused():
+        found = make_plan(open_source(options.source), read_recipe(options))
+        problems = validate_plan(found)
+        return _show_plan(found, problems, options, console)
 
 
 def _show_plan(found: Plan, problems: Sequence[Problem], options: Options, console: Console) -> int:

@@ -5,7 +5,9 @@ Folding is exact: what is written stands for the given names and for no other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
 
 _Numbers = tuple[int, ...]
 _Template = tuple[str | None, ...]
@@ -20,13 +22,54 @@ def fold_names(names: Iterable[str]) -> tuple[str, ...]:
     >>> fold_names(["a.0.b.0", "a.0.b.1", "a.1.b.0"])
     ('a.0.b.[0-1]', 'a.1.b.0')
     """
-    by_template: dict[_Template, set[_Numbers]] = {}
-    for name in set(names):
-        parts = name.split(".")
-        template = tuple(None if _is_plain_number(part) else part for part in parts)
-        by_template.setdefault(template, set()).add(tuple(int(part) for part in parts if _is_plain_number(part)))
-    folded = [_fill(template, ranges) for template, numbers in by_template.items() for ranges in _fold_numbers(numbers)]
+    layers, others = _by_first_number(names)
+    below: dict[_Template, dict[int, frozenset[_Numbers]]] = {}
+    folded = [_fill(template, ranges) for template, sets in _split(others) for ranges in _fold_numbers(sets)]
+    for tails, prefixes in layers.items():
+        rests = [(template, frozenset(numbers)) for template, numbers in _split(tails)]
+        for prefix in prefixes:
+            *head, first, _ = prefix.split(".")
+            for template, numbers in rests:
+                below.setdefault((*head, None, *template), {})[int(first)] = numbers
+    folded += [_fill(template, ranges) for template, firsts in below.items() for ranges in _fold_firsts(firsts)]
     return tuple(sorted(".".join(parts) for parts in _fold_words(folded)))
+
+
+_TO_FIRST_NUMBER: Final = re.compile(r"(?:[^.]*\.)*?(?:0|[1-9][0-9]*)\.")
+
+
+def _by_first_number(names: Iterable[str]) -> tuple[dict[frozenset[str], list[str]], list[str]]:
+    """What follows the first number of a name, and the prefixes that end in this number; and names with none to cut at.
+
+    Layers hold mostly the same modules: what is below them needs to be taken apart only once.
+    """
+    below: dict[str, list[str]] = {}
+    others: list[str] = []
+    prefix, tails = "", others
+    for name in names:
+        if not (prefix and name.startswith(prefix)):
+            found = _TO_FIRST_NUMBER.match(name)
+            if found is None:
+                others.append(name)
+                continue
+            prefix = found[0]
+            tails = below.setdefault(prefix, [])
+        tails.append(name[len(prefix) :])
+    layers: dict[frozenset[str], list[str]] = {}
+    for prefix, tails in below.items():
+        layers.setdefault(frozenset(tails), []).append(prefix)
+        tails.clear()
+    return layers, others
+
+
+def _split(names: Iterable[str]) -> Iterable[tuple[_Template, set[_Numbers]]]:
+    """Group the numbers of names by what stands around them."""
+    by_template: dict[_Template, set[_Numbers]] = {}
+    for name in names:
+        parts = name.split(".")
+        template = tuple([None if _is_plain_number(part) else part for part in parts])
+        by_template.setdefault(template, set()).add(tuple([int(part) for part in parts if _is_plain_number(part)]))
+    return by_template.items()
 
 
 def _is_plain_number(part: str) -> bool:
@@ -41,9 +84,14 @@ def _fold_numbers(numbers: set[_Numbers]) -> list[tuple[str, ...]]:
     rests: dict[int, set[_Numbers]] = {}
     for first, *rest in numbers:
         rests.setdefault(first, set()).add(tuple(rest))
+    return _fold_firsts({first: frozenset(tails) for first, tails in rests.items()})
+
+
+def _fold_firsts(rests: Mapping[int, frozenset[_Numbers]]) -> list[tuple[str, ...]]:
+    """The same, by the first component."""
     alike: dict[frozenset[_Numbers], list[int]] = {}
-    for first, tails in sorted(rests.items()):
-        alike.setdefault(frozenset(tails), []).append(first)
+    for first in sorted(rests):
+        alike.setdefault(rests[first], []).append(first)
     return [(_range(firsts), *tail) for tails, firsts in alike.items() for tail in _fold_numbers(set(tails))]
 
 

@@ -57,6 +57,48 @@ def parse_index(data: bytes, *, file: str = INDEX_NAME) -> CheckpointIndex:
     >>> parse_index(b'{"weight_map": {"a.weight": "m.safetensors"}}').weight_map
     (('a.weight', 'm.safetensors'),)
     """
+    return _parse_plain(data) or _parse_any(data, file)
+
+
+_WEIGHT_MAP: Final = re.compile(r'"weight_map"\s*:\s*(\{[^{}]*\})')
+_SPACE: Final = " \t\r\n"
+
+
+def _parse_plain(data: bytes) -> CheckpointIndex | None:
+    """Read a sound index without escapes; None for any other, about which `_parse_any` has the say.
+
+    Where no quote is escaped, every second one ends a string: cutting the map at its quotes gives name, colon, shard,
+    comma in turn. The JSON parser sees the rest of the file with an empty map in its place.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+    except ValueError:
+        return None
+    found = _WEIGHT_MAP.search(text) if "\\" not in text and text.count('"weight_map"') == 1 else None
+    if found is None or not _is_index(text[: found.start(1)] + "{}" + text[found.end(1) :]):
+        return None
+    first, *pieces = text[found.start(1) + 1 : found.end(1) - 1].split('"')
+    names, colons, shards, commas = pieces[0::4], pieces[1::4], pieces[2::4], pieces[3::4]
+    if len(pieces) % 4 or not names or (first + commas.pop()).strip(_SPACE):
+        return None
+    if {text.strip(_SPACE) for text in set(colons)} != {":"} or {text.strip(_SPACE) for text in set(commas)} - {","}:
+        return None
+    shard_names = {shard: shard for shard in shards}
+    is_sound = all(map(str.isprintable, names)) and all(map(is_shard_name, shard_names))
+    if not is_sound or len(set(names)) != len(names):
+        return None
+    return CheckpointIndex(tuple(zip(names, map(shard_names.__getitem__, shards), strict=True)))
+
+
+def _is_index(text: str) -> bool:
+    try:
+        raw = parse_json(text.encode(), file="", kind="")
+    except CheckpointInvalid:
+        return False
+    return isinstance(raw, dict) and raw.get("weight_map") == {}
+
+
+def _parse_any(data: bytes, file: str) -> CheckpointIndex:
     raw = parse_json(data, file=file, kind="index-invalid")
     weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain
 from math import lcm
 from typing import Final, NamedTuple
 
@@ -207,6 +207,10 @@ class Pattern(NamedTuple):
     """Bits of one element of each output."""
     scalars: tuple[bool, ...]
     """Whether an output stands at the end of the shard."""
+    body_sizes: tuple[int, ...]
+    """Bytes of each output that is no scalar."""
+    scalar_sizes: tuple[tuple[int, int], ...]
+    """Bits of one element, and bytes, of each scalar."""
     is_ragged: bool
     """Whether what follows would not be aligned."""
     header_bytes: int
@@ -217,11 +221,15 @@ class Pattern(NamedTuple):
 def _pattern(kinds: tuple[tuple[str, tuple[int, ...]], ...]) -> Pattern:
     sizes = tuple(size_in_bytes(dtype, shape) or 0 for dtype, shape in kinds)
     scalars = tuple(size <= _SCALAR_BYTES and size % ALIGNMENT != 0 for size in sizes)
+    widths = tuple(BITS[dtype] for dtype, _ in kinds)
+    rows = list(zip(widths, sizes, scalars, strict=True))
     entries = encode_entries(("", dtype, shape, 0, 0) for dtype, shape in kinds)
     return Pattern(
         sizes=sizes,
-        widths=tuple(BITS[dtype] for dtype, _ in kinds),
+        widths=widths,
         scalars=scalars,
+        body_sizes=tuple(size for _, size, is_last in rows if not is_last),
+        scalar_sizes=tuple((width, size) for width, size, is_last in rows if is_last),
         is_ragged=any(size % ALIGNMENT and not scalar for size, scalar in zip(sizes, scalars, strict=True)),
         header_bytes=sum(len(entry) - len("00") for entry in entries),
     )
@@ -246,7 +254,7 @@ def place(units: Sequence[Unit]) -> ShardLayout:
     body: list[tuple[OutputSpec, int, int]] = []
     scalars: list[tuple[int, tuple[OutputSpec, int, int]]] = []
     for number, position in enumerate(order):
-        sizes, widths, last, _, _ = patterns[position]
+        sizes, widths, last, *_ = patterns[position]
         for spec, size, width, is_last in zip(units[position].outputs, sizes, widths, last, strict=True):
             if is_last:
                 scalars.append((width, (spec, size, number)))
@@ -273,15 +281,8 @@ def shard_bytes(patterns: Sequence[Pattern], names_bytes: int) -> int:
         names_bytes: what the names of all outputs take in the header, without quotes; see `text_bytes`.
     """
     ordered = [patterns[position] for position in _order(patterns)]
-    sizes: list[int] = []
-    scalars: list[tuple[int, int]] = []
-    for pattern in ordered:
-        if True in pattern.scalars:
-            rows = list(zip(pattern.sizes, pattern.widths, pattern.scalars, strict=True))
-            sizes += [size for size, _, is_last in rows if not is_last]
-            scalars += [(width, size) for size, width, is_last in rows if is_last]
-        else:
-            sizes += pattern.sizes
+    sizes = list(chain.from_iterable([pattern.body_sizes for pattern in ordered]))
+    scalars = list(chain.from_iterable([pattern.scalar_sizes for pattern in ordered]))
     scalars.sort(key=lambda entry: -entry[0])
     ends = list(accumulate(sizes + [size for _, size in scalars]))
     digits = _digits([0, *ends[:-1]]) + _digits(ends) if ends else 0

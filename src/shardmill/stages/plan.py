@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,4 +49,17 @@ class Locations:
 
 def make_plan(source: SourceFolder, recipe: Recipe) -> Plan:
     """Plan the conversion of a checkpoint; what is wrong with it is in `Plan.problems`."""
-    return build_plan(read_checkpoint(source), recipe)
+    with collection_paused():
+        return build_plan(read_checkpoint(source), recipe)
+
+
+@contextmanager
+def collection_paused() -> Iterator[None]:
+    """Keep the cyclic garbage collector from visiting a growing plan again and again: it holds no cycle."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -17,7 +17,7 @@ from shardmill.storage.local import RangeReader
 
 CONFIG_NAME: Final = "config.json"
 _CONFIG_LIMIT: Final = 4_000_000
-_INDEX_LIMIT: Final = 64_000_000
+_INDEX_LIMIT: Final = 256_000_000
 _READERS: Final = 16
 _COPIED_NAMES: Final = frozenset(
     [
