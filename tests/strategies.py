@@ -32,7 +32,7 @@ def shard_of(name: str, tensors: Table) -> SourceShard:
 def checkpoint_of(shards: Sequence[Table], config: Mapping[str, Any] | None = None, **more: Any) -> Checkpoint:
     """A checkpoint that exists as headers, index and config only."""
     named = [shard_of(f"model-{n:05d}.safetensors", tensors) for n, tensors in enumerate(shards, 1)]
-    weight_map = tuple((spec.name, shard.name) for shard in named for spec in shard.header.tensors)
+    weight_map = {spec.name: shard.name for shard in named for spec in shard.header.tensors}
     index = CheckpointIndex(weight_map) if len(named) > 1 else None
     text = json.dumps({"model_type": "llama"} if config is None else config)
     return Checkpoint(shards=tuple(named), index=index, config_text=text, **more)

@@ -208,7 +208,7 @@ def test_a_wrong_rank_is_an_error_only_where_it_is_asked_for(
 def test_index_and_headers_must_agree_and_every_disagreement_is_told() -> None:
     checkpoint = checkpoint_of(PARTS)
     assert checkpoint.index is not None
-    moved = tuple((n, "model-00001.safetensors") for n, _ in checkpoint.index.weight_map)
+    moved = dict.fromkeys(checkpoint.index.weight_map, "model-00001.safetensors")
     wrong = Checkpoint(shards=checkpoint.shards, index=type(checkpoint.index)(moved), config_text="{}")
     found = [p for p in build_plan(wrong, uniform("FP8_DYNAMIC")).problems if p.kind == "index-disagrees"]
     assert len(found) == len(TABLE) - len(PARTS[0])

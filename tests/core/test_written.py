@@ -343,7 +343,7 @@ def test_modules_without_a_value_are_passed_over() -> None:
 
 def index_of(shards: list[SourceShard], **changes: str | None) -> CheckpointIndex:
     named: dict[str, str | None] = {spec.name: shard.name for shard in shards for spec in shard.header.tensors}
-    return CheckpointIndex(tuple((name, shard) for name, shard in (named | changes).items() if shard is not None))
+    return CheckpointIndex({name: shard for name, shard in (named | changes).items() if shard is not None})
 
 
 def test_index_and_headers_agree_both_ways() -> None:

@@ -21,16 +21,16 @@ _DEPTH = 4
 class CheckpointIndex:
     """Which shard holds which tensor; `weight_map` keeps the order of the file.
 
-    >>> CheckpointIndex((("a", "1.safetensors"), ("b", "1.safetensors"))).shards
+    >>> CheckpointIndex({"a": "1.safetensors", "b": "1.safetensors"}).shards
     ('1.safetensors',)
     """
 
-    weight_map: tuple[tuple[str, str], ...]
+    weight_map: Mapping[str, str]
 
     @property
     def shards(self) -> tuple[str, ...]:
         """Shard names, sorted."""
-        return tuple(sorted({shard for _, shard in self.weight_map}))
+        return tuple(sorted(set(self.weight_map.values())))
 
 
 def is_shard_name(name: str) -> bool:
@@ -55,7 +55,7 @@ def parse_index(data: bytes, *, file: str = INDEX_NAME) -> CheckpointIndex:
         CheckpointInvalid: not JSON, no `weight_map`, or a shard name that is no plain relative path.
 
     >>> parse_index(b'{"weight_map": {"a.weight": "m.safetensors"}}').weight_map
-    (('a.weight', 'm.safetensors'),)
+    {'a.weight': 'm.safetensors'}
     """
     return _parse_plain(data) or _parse_any(data, file)
 
@@ -84,10 +84,9 @@ def _parse_plain(data: bytes) -> CheckpointIndex | None:
     if {text.strip(_SPACE) for text in set(colons)} != {":"} or {text.strip(_SPACE) for text in set(commas)} - {","}:
         return None
     shard_names = {shard: shard for shard in shards}
+    weight_map = dict(zip(names, map(shard_names.__getitem__, shards), strict=True))
     is_sound = all(map(str.isprintable, names)) and all(map(is_shard_name, shard_names))
-    if not is_sound or len(set(names)) != len(names):
-        return None
-    return CheckpointIndex(tuple(zip(names, map(shard_names.__getitem__, shards), strict=True)))
+    return CheckpointIndex(weight_map) if is_sound and len(weight_map) == len(names) else None
 
 
 def _is_index(text: str) -> bool:
@@ -115,7 +114,7 @@ def _parse_any(data: bytes, file: str) -> CheckpointIndex:
     ]
     if problems:
         raise CheckpointInvalid(problems)
-    return CheckpointIndex(tuple(weight_map.items()))
+    return CheckpointIndex(weight_map)
 
 
 def encode_index(weight_map: Mapping[str, str], total_size_bytes: int) -> bytes:

@@ -312,18 +312,14 @@ def _partial_blocks(shards: Iterable[ShardPlan]) -> list[Problem]:
 def _stack_layouts(checkpoint: Checkpoint, sizes: Sizes, recipe: Recipe) -> dict[str, str | None]:
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for shard in checkpoint.shards:
-        for spec in shard.header.tensors:
+        for spec in [spec for spec in shard.header.tensors if len(spec.shape) == 3]:
             stack = parse_stack(spec.name, spec.shape)
-            if stack is not None and stack.param == "weight":
+            if stack is not None:
                 shapes.setdefault(stack.prefix, {})[stack.leaf] = spec.shape
     return {prefix: recipe.expert_layout or choose_layout(found, sizes) for prefix, found in shapes.items()}
 
 
-class _Member(NamedTuple):
-    """A tensor that engines may fuse with others."""
-
-    ref: TensorRef
-    decision: _Decision
+_Row = tuple[SourceShard, TensorSpec, _Decision]
 
 
 def _share_global_scales(
@@ -335,41 +331,53 @@ def _share_global_scales(
     if len(planner.fused_groups) < 2 and not scaled:
         return shared
     for members in _fused_members(checkpoint, decided):
-        groups = {member.decision.group for member in members}
+        groups = {decision.group for _, _, decision in members}
         if len(groups) > 1:
             _check_fused(members, planner)
         for group in groups & scaled:
-            refs = tuple([member.ref for member in members if member.decision.group == group])
+            refs = tuple([TensorRef(s.name, s.header.data_start, spec) for s, spec, d in members if d.group == group])
             if len(refs) > 1:
-                shared.update(dict.fromkeys([ref.spec.name for ref in refs], refs))
+                for ref in refs:
+                    shared[ref.spec.name] = refs
     return shared
 
 
-def _fused_members(checkpoint: Checkpoint, decided: Sequence[Sequence[_Decision]]) -> Iterator[tuple[_Member, ...]]:
+def _fused_members(checkpoint: Checkpoint, decided: Sequence[Sequence[_Decision]]) -> Iterator[list[_Row]]:
     """Every fused set of two or more members, sorted by name."""
-    below: dict[str, list[tuple[SourceShard, TensorSpec, _Decision]]] = {}
+    below: dict[str, list[_Row]] = {}
     for shard, decisions in zip(checkpoint.shards, decided, strict=True):
         for spec, decision in zip(shard.header.tensors, decisions, strict=True):
             if decision.fused_at:
                 below.setdefault(spec.name[: -decision.fused_at], []).append((shard, spec, decision))
     for parent, rows in below.items():
-        by_leaf = {row[1].name[len(parent) : -len(".weight")]: row for row in rows}
-        for leaves in fused_leaves(tuple(sorted(by_leaf))):
-            chosen = [by_leaf[leaf] for leaf in leaves]
-            yield tuple([_Member(TensorRef(s.name, s.header.data_start, spec), d) for s, spec, d in chosen])
+        if len(rows) > 1:
+            start = len(parent)
+            for positions in _fused_positions(tuple([spec.name[start:] for _, spec, _ in rows])):
+                yield [rows[position] for position in positions]
 
 
-def _check_fused(members: Sequence[_Member], planner: _Planner) -> None:
+@lru_cache(maxsize=4096)
+def _fused_positions(weights: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+    """Where the members of each fused set stand among the weights below one parent; of a name that repeats, the last.
+
+    >>> _fused_positions(("up_proj.weight", "down_proj.weight", "gate_proj.weight"))
+    ((2, 0),)
+    """
+    at = {weight.removesuffix(".weight"): position for position, weight in enumerate(weights)}
+    return tuple(tuple(at[leaf] for leaf in leaves) for leaves in fused_leaves(tuple(sorted(at))))
+
+
+def _check_fused(members: Sequence[_Row], planner: _Planner) -> None:
     if planner.recipe.partial_fused:
         return
-    first = members[0].decision.group
-    odd = next(member.ref for member in members if member.decision.group != first)
-    by_role = all(member.decision.by_role for member in members if member.decision.group < 0)
-    by_role &= len({member.decision.group for member in members} - {-1}) == 1
-    names = ", ".join(show(split_name(member.ref.spec.name)[0]) for member in members)
+    groups = [decision.group for _, _, decision in members]
+    shard, spec = next((shard, spec) for shard, spec, decision in members if decision.group != groups[0])
+    by_role = all(decision.by_role for _, _, decision in members if decision.group < 0)
+    by_role &= len(set(groups) - {-1}) == 1
+    names = ", ".join(show(split_name(member.name)[0]) for _, member, _ in members)
     problem = Problem(
-        file=odd.shard,
-        tensor=odd.spec.name,
+        file=shard.name,
+        tensor=spec.name,
         kind="fused-set-split",
         message=f"engines fuse {names} into one layer, the recipe treats them differently",
         way_out="treat all of them alike, or set partial_fused",
@@ -392,7 +400,7 @@ def _check_index(checkpoint: Checkpoint) -> list[Problem]:
     if checkpoint.index is None:
         return problems
     read = {shard.name for shard in checkpoint.shards}
-    for tensor, shard_name in checkpoint.index.weight_map:
+    for tensor, shard_name in checkpoint.index.weight_map.items():
         if shard_name in read and owner.get(tensor) != shard_name:
             found = f"it is in {show(owner[tensor])}" if tensor in owner else "no shard that was read has it"
             message = f"the index places it in this shard, {found}"
@@ -402,12 +410,16 @@ def _check_index(checkpoint: Checkpoint) -> list[Problem]:
 
 def _is_agreed(checkpoint: Checkpoint) -> bool:
     """Whether index and headers name the same tensors in the same shards, each once."""
-    owner: dict[str, str] = {}
+    if checkpoint.index is None:
+        return len(checkpoint.shards) < 2
+    place_of = checkpoint.index.weight_map
+    count = 0
     for shard in checkpoint.shards:
-        owner.update(dict.fromkeys([spec.name for spec in shard.header.tensors], shard.name))
-    if len(owner) != sum(len(shard.header.tensors) for shard in checkpoint.shards):
-        return False
-    return checkpoint.index is None or owner == dict(checkpoint.index.weight_map)
+        names = [spec.name for spec in shard.header.tensors]
+        if not {shard.name}.issuperset(map(place_of.get, names)):
+            return False
+        count += len(set(names))
+    return count == len(place_of)
 
 
 def _check_coverage(planner: _Planner, shards: Iterable[ShardPlan], heads: Sequence[str]) -> list[Problem]:

@@ -190,7 +190,7 @@ def check_index(index: CheckpointIndex | None, shards: Sequence[SourceShard]) ->
                 problems.append(Problem(file=shard.name, tensor=spec.name, kind="duplicate-tensor", message=message))
     if index is None:
         return problems
-    named = dict(index.weight_map)
+    named = index.weight_map
     read = {shard.name for shard in shards}
     for name in sorted(named.keys() | owner.keys()):
         is_told = name not in owner and named[name] not in read

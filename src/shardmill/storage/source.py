@@ -256,7 +256,6 @@ def _regular(source: SourceFolder, names: Iterable[str], problems: list[Problem]
 def _unindexed(shards: Iterable[SourceShard], index: CheckpointIndex | None) -> list[Problem]:
     if index is None:
         return []
-    named = {tensor for tensor, _ in index.weight_map}
     return [
         Problem(
             file=shard.name,
@@ -265,8 +264,9 @@ def _unindexed(shards: Iterable[SourceShard], index: CheckpointIndex | None) -> 
             message="the index does not name it; it is carried over",
         )
         for shard in shards
+        if None in map(index.weight_map.get, [spec.name for spec in shard.header.tensors])
         for spec in shard.header.tensors
-        if spec.name not in named
+        if spec.name not in index.weight_map
     ]
 
 
