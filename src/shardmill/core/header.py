@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from json.encoder import encode_basestring
 from typing import Any, Final, NamedTuple
 
 from shardmill.core.dtypes import BITS, size_in_bytes
@@ -293,36 +294,39 @@ def encode_header(
     >>> encode_header([("w", "U8", (2,), 0, 2)], [])[8:]
     b'{"w":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}   '
     """
-    body = _dump(_table(tensors, metadata))
+    body = _body(encode_entries(tensors), metadata)
     body += b" " * (-len(body) % ALIGNMENT)
     return len(body).to_bytes(LENGTH_BYTES, "little") + body
 
 
-def _table(
-    tensors: Iterable[tuple[str, str, Sequence[int], int, int]], metadata: Sequence[tuple[str, str]]
-) -> dict[str, Any]:
-    table: dict[str, Any] = {"__metadata__": dict(sorted(metadata))} if metadata else {}
+def _body(entries: Mapping[str, str], metadata: Sequence[tuple[str, str]]) -> bytes:
+    first = [f'"__metadata__":{_dump(dict(sorted(metadata)))}'] if metadata else []
+    return f"{{{','.join([*first, *entries.values()])}}}".encode()
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+def encode_entries(tensors: Iterable[tuple[str, str, Sequence[int], int, int]]) -> dict[str, str]:
+    """The text of each row in a header, by name; of rows with one name, the last."""
+    kinds: dict[tuple[str, tuple[int, ...]], str] = {}
+    entries: dict[str, str] = {}
     for name, dtype, shape, begin, end in tensors:
-        table[name] = {"dtype": dtype, "shape": shape, "data_offsets": (begin, end)}
-    return table
-
-
-def _dump(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def encode_entries(tensors: Iterable[tuple[str, str, Sequence[int], int, int]]) -> Iterator[bytes]:
-    """The entry of each row in a header, with the comma that parts it from others."""
-    for row in tensors:
-        yield _dump(_table([row], []))[:-1].replace(b"{", b",", 1)
+        shape = tuple(shape)
+        kind = kinds.get((dtype, shape))
+        if kind is None:
+            kind = kinds[dtype, shape] = _dump({"dtype": dtype, "shape": shape, "data_offsets": []})[:-2]
+        entries[name] = f"{encode_basestring(name)}:{kind}{begin},{end}]}}"
+    return entries
 
 
 def encoded_length(entries: int, metadata: Sequence[tuple[str, str]]) -> int:
-    """Bytes that `encode_header` gives for metadata and entries of so many bytes."""
-    body = len(_dump(_table([], metadata))) + entries
+    """Bytes that `encode_header` gives for metadata and further entries of so many bytes, commas included."""
+    body = len(_body({}, metadata)) + entries
     return LENGTH_BYTES + body + -body % ALIGNMENT
 
 
 def text_bytes(texts: Iterable[str]) -> int:
     """Bytes that texts take in a header, without quotes."""
-    return len(_dump("".join(texts))) - len('""')
+    return len(encode_basestring("".join(texts)).encode()) - len('""')

@@ -223,7 +223,7 @@ def _pattern(kinds: tuple[tuple[str, tuple[int, ...]], ...]) -> Pattern:
     scalars = tuple(size <= _SCALAR_BYTES and size % ALIGNMENT != 0 for size in sizes)
     widths = tuple(BITS[dtype] for dtype, _ in kinds)
     rows = list(zip(widths, sizes, scalars, strict=True))
-    entries = encode_entries(("", dtype, shape, 0, 0) for dtype, shape in kinds)
+    entries = [encode_entries([("", dtype, shape, 0, 0)])[""] for dtype, shape in kinds]
     return Pattern(
         sizes=sizes,
         widths=widths,
@@ -231,7 +231,7 @@ def _pattern(kinds: tuple[tuple[str, tuple[int, ...]], ...]) -> Pattern:
         body_sizes=tuple(size for _, size, is_last in rows if not is_last),
         scalar_sizes=tuple((width, size) for width, size, is_last in rows if is_last),
         is_ragged=any(size % ALIGNMENT and not scalar for size, scalar in zip(sizes, scalars, strict=True)),
-        header_bytes=sum(len(entry) - len("00") for entry in entries),
+        header_bytes=sum(len(f",{entry}") - len("00") for entry in entries),
     )
 
 

@@ -9,10 +9,11 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from json.encoder import encode_basestring_ascii
 from math import prod
 from typing import Any, Final, NamedTuple
 
-from shardmill.core.digest import STAGE_VERSIONS, digest_json
+from shardmill.core.digest import STAGE_VERSIONS, canonical_json
 from shardmill.core.experts import HALVES, parse_stack
 from shardmill.core.header import ShardHeader, TensorSpec, text_bytes
 from shardmill.core.index import CheckpointIndex
@@ -115,6 +116,8 @@ class ShardPlan:
     tensors: tuple[TensorPlan, ...]
     schemes: tuple[Scheme, ...] = field(repr=False)
     """Of the recipe's groups, in order."""
+    _keys: dict[tuple[str, ...], str] = field(default_factory=dict, init=False, compare=False, repr=False)
+    """Job keys by the digests they were asked for with: a run asks several times."""
 
     def units(self) -> Iterator[Unit]:
         """Derive the output weights in source order."""
@@ -166,13 +169,8 @@ class ShardPlan:
 
     def job(self) -> dict[str, Any]:
         """Describe the work without paths, names of shards or patterns: equal jobs give equal bytes."""
-        schemes = [weight_args_to_json(scheme.weights) | {"format": scheme.format} for scheme in self.schemes]
-        return {
-            "stage": "quantize",
-            "version": STAGE_VERSIONS["quantize"],
-            "tensors": [_describe(tensor, schemes) for tensor in self.tensors],
-            "header": hashlib.sha256(self.layout().header()).hexdigest(),
-        }
+        schemes = self._schemes_json()
+        return self._job([_describe(tensor, schemes) for tensor in self.tensors])
 
     def shape(self) -> str:
         """Name the work without its sources: only jobs of one shape can have one key."""
@@ -184,7 +182,39 @@ class ShardPlan:
         Args:
             digests: `algorithm:value` by shard name, for every name in `sources`.
         """
-        return digest_json(self.job() | {"sources": [digests[name] for name in self.sources]})
+        sources = tuple([digests[name] for name in self.sources])
+        if sources not in self._keys:
+            frame = canonical_json(self._job(None) | {"sources": sources})
+            job = frame.replace(b'"tensors":null', f'"tensors":[{self._tensors_text()}]'.encode(), 1)
+            self._keys[sources] = hashlib.sha256(job).hexdigest()
+        return self._keys[sources]
+
+    def _job(self, tensors: list[Any] | None) -> dict[str, Any]:
+        return {
+            "stage": "quantize",
+            "version": STAGE_VERSIONS["quantize"],
+            "tensors": tensors,
+            "header": hashlib.sha256(self.layout().header()).hexdigest(),
+        }
+
+    def _tensors_text(self) -> str:
+        """Canonical JSON of the tensors of the job, put together from what tensors of one kind have in common."""
+        schemes = self._schemes_json()
+        kinds: dict[tuple[Any, ...], str] = {}
+        partners: dict[tuple[TensorRef, ...], str] = {(): "[]"}
+        found: list[str] = []
+        for tensor in self.tensors:
+            spec, fused = tensor.spec, tensor.fused
+            kind = (spec.dtype, spec.shape, tensor.action, tensor.scheme, tensor.layout)
+            if kind not in kinds:
+                kinds[kind] = canonical_json(_describe(tensor, schemes)[1:-1])[1:-1].decode()
+            if fused not in partners:
+                partners[fused] = canonical_json(_describe_fused(fused)).decode()
+            found.append(f"[{encode_basestring_ascii(spec.name)},{kinds[kind]},{partners[fused]}]")
+        return ",".join(found)
+
+    def _schemes_json(self) -> list[dict[str, Any]]:
+        return [weight_args_to_json(scheme.weights) | {"format": scheme.format} for scheme in self.schemes]
 
 
 _BARE_WEIGHT: Final = ".weight"
@@ -226,8 +256,12 @@ def _add_up(rows: Sequence[_Alike], patterns: Sequence[Pattern]) -> ShardSizes:
 def _describe(tensor: TensorPlan, schemes: Sequence[dict[str, Any]]) -> list[Any]:
     spec = tensor.spec
     scheme = schemes[tensor.scheme] if tensor.scheme >= 0 else None
-    fused = [[ref.spec.name, ref.spec.dtype, list(ref.spec.shape)] for ref in tensor.fused]
+    fused = _describe_fused(tensor.fused)
     return [spec.name, spec.dtype, list(spec.shape), tensor.action, scheme, tensor.layout, fused]
+
+
+def _describe_fused(fused: Sequence[TensorRef]) -> list[Any]:
+    return [[ref.spec.name, ref.spec.dtype, list(ref.spec.shape)] for ref in fused]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ Names and numbers in, a value out; nothing is opened and nothing is raised.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -344,11 +345,11 @@ def _share_global_scales(
 
 def _fused_members(checkpoint: Checkpoint, decided: Sequence[Sequence[_Decision]]) -> Iterator[list[_Row]]:
     """Every fused set of two or more members, sorted by name."""
-    below: dict[str, list[_Row]] = {}
+    below: defaultdict[str, list[_Row]] = defaultdict(list)
     for shard, decisions in zip(checkpoint.shards, decided, strict=True):
         for spec, decision in zip(shard.header.tensors, decisions, strict=True):
             if decision.fused_at:
-                below.setdefault(spec.name[: -decision.fused_at], []).append((shard, spec, decision))
+                below[spec.name[: -decision.fused_at]].append((shard, spec, decision))
     for parent, rows in below.items():
         if len(rows) > 1:
             start = len(parent)

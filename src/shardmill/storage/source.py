@@ -228,8 +228,9 @@ def _sort_other_files(
     """What is copied, by allow-list, and what is left out and why."""
     copied: list[str] = []
     left_out: list[tuple[str, str]] = []
+    apart = {*shards, INDEX_NAME, CONFIG_NAME}
     for name in names:
-        if name in set(shards) or name in (INDEX_NAME, CONFIG_NAME):
+        if name in apart:
             continue
         base = name.rpartition("/")[2].lower()
         if base.endswith(_WEIGHT_SUFFIXES) or ".safetensors." in base:
