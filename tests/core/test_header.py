@@ -166,6 +166,7 @@ def test_what_writers_write_is_plain_form(separators: tuple[str, str]) -> None:
     assert plain is not None
 
 
+EMPTY = b'"e":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},'
 PLAIN = b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}'
 
 
@@ -180,6 +181,7 @@ PLAIN = b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}'
         (b"}}", b"}"),
         (b"}}", b"}}}"),
         (b'{"a"', b'{,"a"'),
+        (b'{"a"', b"{" + EMPTY + EMPTY + b'"a"'),
         (b'{"a"', b'{"__metadata__":{"x":1},"a"'),
         (b'{"a"', b'{"__metadata__":{"x":"1","x":"1"},"a"'),
         (b'"a"', b'"__metadata__"'),

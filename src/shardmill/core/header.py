@@ -312,8 +312,8 @@ def encode_entries(tensors: Iterable[tuple[str, str, Sequence[int], int, int]]) 
     """The text of each row in a header, by name; of rows with one name, the last."""
     kinds: dict[tuple[str, tuple[int, ...]], str] = {}
     entries: dict[str, str] = {}
-    for name, dtype, shape, begin, end in tensors:
-        shape = tuple(shape)
+    for name, dtype, extents, begin, end in tensors:
+        shape = tuple(extents)
         kind = kinds.get((dtype, shape))
         if kind is None:
             kind = kinds[dtype, shape] = _dump({"dtype": dtype, "shape": shape, "data_offsets": []})[:-2]

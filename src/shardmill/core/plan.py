@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from json.encoder import encode_basestring_ascii
 from math import prod
 from typing import Any, Final, NamedTuple
@@ -209,7 +210,9 @@ class ShardPlan:
             if kind not in kinds:
                 kinds[kind] = canonical_json(_describe(tensor, schemes)[1:-1])[1:-1].decode()
             if fused not in partners:
-                partners[fused] = canonical_json(_describe_fused(fused)).decode()
+                partners[fused] = (
+                    f"[{','.join([_ref_text(ref.spec.name, ref.spec.dtype, ref.spec.shape) for ref in fused])}]"
+                )
             found.append(f"[{encode_basestring_ascii(spec.name)},{kinds[kind]},{partners[fused]}]")
         return ",".join(found)
 
@@ -258,6 +261,15 @@ def _describe(tensor: TensorPlan, schemes: Sequence[dict[str, Any]]) -> list[Any
     scheme = schemes[tensor.scheme] if tensor.scheme >= 0 else None
     fused = _describe_fused(tensor.fused)
     return [spec.name, spec.dtype, list(spec.shape), tensor.action, scheme, tensor.layout, fused]
+
+
+def _ref_text(name: str, dtype: str, shape: tuple[int, ...]) -> str:
+    return f'[{encode_basestring_ascii(name)},"{dtype}",{_shape_text(shape)}]'
+
+
+@lru_cache(maxsize=4096)
+def _shape_text(shape: tuple[int, ...]) -> str:
+    return canonical_json(shape).decode()
 
 
 def _describe_fused(fused: Sequence[TensorRef]) -> list[Any]:
