@@ -188,9 +188,10 @@ def test_generated_names_that_the_source_has_are_found(table: dict[str, Any], ex
     assert found == expected
 
 
-def test_a_module_without_a_name_has_the_sizes_of_its_layout() -> None:
-    for name in (".weight", "weight"):
-        assert_sizes(build_plan(checkpoint_of([{name: BIG}]), uniform("FP8_DYNAMIC")).shards[0])
+@pytest.mark.parametrize("length", range(1, 9))
+def test_a_module_without_a_name_has_the_sizes_of_its_layout(length: int) -> None:
+    table = {f"{'m' * length}.weight": BIG, ".weight": BIG, "bias": ("BF16", (3,))}
+    assert_sizes(build_plan(checkpoint_of([table]), uniform("FP8_DYNAMIC")).shards[0])
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
