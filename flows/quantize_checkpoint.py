@@ -28,7 +28,6 @@ from shardmill.orchestration import (
     Threads,
     Workbench,
     bytes_to_digest,
-    is_in_store,
     library_logs,
     uninspected,
     workbench,
@@ -135,7 +134,7 @@ def _checked_plan(recipe: Recipe, job: Job) -> Plan:
 
 def _quantize(plan: Plan, job: Job, bench: Workbench) -> tuple[ShardOutcome, ...]:
     """Quantize every shard; one that fails is told at the end and stops no other."""
-    stored = {shard.name: is_in_store(shard, bench.source, bench.store) for shard in plan.shards}
+    stored = {shard.name: bench.store.seems_to_hold(shard, bench.source) for shard in plan.shards}
     artifacts.show_plan(plan, stored)
     progress = artifacts.Progress(plan.source_bytes)
     found: dict[str, ShardOutcome] = {}

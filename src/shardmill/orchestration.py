@@ -14,7 +14,7 @@ import socket
 import threading
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeAlias, TypeVar, cast
@@ -30,7 +30,6 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import Task
 from prefect.utilities.annotations import quote
 
-from shardmill.core.digest import digest_json
 from shardmill.core.outcome import ShardOutcome
 from shardmill.core.plan import ShardPlan
 from shardmill.errors import NAME_LIMIT, Interrupted, Refused, ShardmillError, SourceChanged
@@ -38,7 +37,6 @@ from shardmill.stages.devices import DevicePool, resolve_devices
 from shardmill.stages.pipeline import RunOptions
 from shardmill.stages.plan import Locations
 from shardmill.stages.quantize import Controls, find_stored
-from shardmill.storage.local import FileIdentity
 from shardmill.storage.source import SourceFolder
 from shardmill.storage.store import FULL, Store
 
@@ -136,30 +134,10 @@ def uninspected(value: T) -> T:
 # ---- cache ------------------------------------------------------------------------------------------------------
 
 
-def job_key(shard: ShardPlan, source: SourceFolder, store: Store) -> str | None:
-    """The job key of a shard, if it can be told without reading the source's tensors."""
-    known = {name: store.known_digest(source.path(name)) for name in shard.sources}
-    digests = {name: str(digest) for name, digest in known.items() if digest is not None}
-    return shard.job_key(digests) if len(digests) == len(known) else None
-
-
-def is_in_store(shard: ShardPlan, source: SourceFolder, store: Store) -> bool | None:
-    """Whether the store seems to have a shard; None where that takes reading the source. Checks no bytes."""
-    key = job_key(shard, source, store)
-    return None if key is None else store.receipt_path(key).exists() and store.blob_path(key).exists()
-
-
 def bytes_to_digest(shards: Iterable[ShardPlan], source: SourceFolder, store: Store) -> int:
     """Bytes of the shards whose digest is not known and must be taken."""
     is_full = store.verify_level == FULL
     return sum(shard.size for shard in shards if is_full or store.known_digest(source.path(shard.name)) is None)
-
-
-def _unread_key(shard: ShardPlan, source: SourceFolder) -> str:
-    """A key for work on files whose digests are not known yet; nothing is ever found under it."""
-    paths = {name: source.path(name) for name in shard.sources}
-    identities = [asdict(FileIdentity.of(path, path.stat())) for path in paths.values()]
-    return f"unread-{digest_json([shard.job(), identities])}"
 
 
 @dataclass
@@ -178,14 +156,15 @@ class StageCachePolicy(CachePolicy):
         """Name the work, and leave a record under that name only if it can be trusted.
 
         Returns:
-            The key, or None where records do not lie on this machine's disk: then the body asks the store.
+            The key, or None where naming the job takes reading the source, or where records do not lie on this
+            machine's disk: then nothing is looked up or recorded, and the body asks the store.
         """
         del flow_parameters
         shard, bench = inputs["shard"], bench_of(inputs["job"])
         with suppress(Refused):  # the body says what is wrong with the source
-            known = job_key(shard, bench.source, bench.store)
-            key = f"{self.stage}-{known or _unread_key(shard, bench.source)}"
-            record = _record_path(task_ctx, key)
+            job = bench.store.known_job(shard, bench.source)
+            key = f"{self.stage}-{job.key}" if job is not None else ""
+            record = _record_path(task_ctx, key) if key else None
             if record is not None and record.exists():
                 stored = find_stored(shard, bench.source, bench.store)
                 if stored is None or not agrees(record.read_bytes(), stored):

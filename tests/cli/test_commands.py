@@ -92,6 +92,18 @@ def test_light_commands_load_no_heavy_library(source: Path, command: list[str]) 
     assert (done.returncode, done.stderr) == (0, "[]\n")
 
 
+def test_a_run_on_the_cpu_loads_what_it_computes_with_and_no_more(source: Path, tmp_path: Path) -> None:
+    program = (
+        "import atexit, sys\n"
+        "heavy = ['numba', 'torch', 'prefect', 'compressed_tensors', 'fsspec', 'transformers']\n"
+        "atexit.register(lambda: print([n for n in heavy if n in sys.modules], file=sys.stderr))\n" + PROGRAM
+    )
+    asked = ("run", str(source), str(tmp_path / "result"), "--scheme", "NVFP4A16", "--device", "cpu")
+    computed, found = (call(*asked, program=program) for _ in range(2))
+    assert (computed.returncode, computed.stderr.splitlines()[-1]) == (0, "['numba']")
+    assert (found.returncode, found.stderr.splitlines()[-1]) == (0, "[]")
+
+
 def test_plan_tells_decisions_sizes_and_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = checkpoints.write(tmp_path / "source", checkpoints.deal(checkpoints.llama(), 7), LICENSE="free")
     assert main(["plan", str(source), "--scheme", "NVFP4A16"]) == 0

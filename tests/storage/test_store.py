@@ -4,12 +4,21 @@ import json
 import logging
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from shardmill.core.receipt import Receipt
+import checkpoints
+from shardmill.core.digest import Digest
+from shardmill.core.plan import ShardPlan
+from shardmill.core.receipt import BlobDigests, Receipt
+from shardmill.core.recipe import uniform
+from shardmill.stages.plan import make_plan
 from shardmill.storage import local
+from shardmill.storage import store as store_module
+from shardmill.storage.local import FileIdentity
+from shardmill.storage.source import SourceFolder
 from shardmill.storage.store import FULL, Store
 
 DATA = bytes(range(256)) * 64
@@ -163,3 +172,179 @@ def test_collection_keeps_what_is_young_published_or_wanted(store: Store, tmp_pa
     assert gone == {"old", "orphan"}
     assert {entry.key for entry in store.entries()} == {"young", "published", "wanted"}
     assert not store.blob_path("old").exists()
+
+
+# ---- what is remembered of verified blobs -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def verified(store: Store, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Blobs whose bytes were read for verification, in order."""
+    found: list[Path] = []
+    edges, whole = store_module.hash_edges, store_module.hash_file
+
+    def note_edges(path: Path) -> tuple[Digest, Digest]:
+        found.append(path)
+        return edges(path)
+
+    def note_whole(path: Path) -> tuple[BlobDigests, FileIdentity]:
+        found.append(path)
+        return whole(path)
+
+    monkeypatch.setattr(store_module, "hash_edges", note_edges)
+    monkeypatch.setattr(store_module, "hash_file", note_whole)
+    put(store, "k")
+    return found
+
+
+def test_a_blob_that_was_written_is_not_read_for_a_hit(store: Store, verified: list[Path]) -> None:
+    assert reopened(store).lookup("k") is not None
+    assert verified == []
+
+
+def test_full_verification_reads_whatever_is_remembered(store: Store, verified: list[Path]) -> None:
+    assert reopened(store, FULL).lookup("k") is not None
+    assert reopened(store, FULL).lookup("k") is not None
+    assert verified == [store.blob_path("k")] * 2
+
+
+def test_publishing_and_removing_a_result_do_not_unsettle_its_blob(
+    store: Store, tmp_path: Path, verified: list[Path]
+) -> None:
+    os.link(store.blob_path("k"), tmp_path / "model.safetensors")
+    assert reopened(store).lookup("k") is not None
+    (tmp_path / "model.safetensors").unlink()
+    assert reopened(store).lookup("k") is not None
+    assert verified == []
+
+
+def test_a_blob_of_unknown_state_is_verified_once(store: Store, verified: list[Path]) -> None:
+    aged(store.blob_path("k"))
+    assert reopened(store).lookup("k") is not None
+    assert reopened(store).lookup("k") is not None
+    assert verified == [store.blob_path("k")]
+
+
+def test_a_young_blob_is_verified_each_time(store: Store, verified: list[Path]) -> None:
+    os.utime(store.blob_path("k"))
+    assert reopened(store).lookup("k") is not None
+    assert reopened(store).lookup("k") is not None
+    assert verified == [store.blob_path("k")] * 2
+
+
+def test_a_write_right_after_the_blob_was_put_does_not_keep_its_time(store: Store) -> None:
+    put(store, "k")
+    before = store.blob_path("k").stat().st_mtime_ns
+    tamper(store.blob_path("k"), DATA[:-1] + b"x")
+    assert store.blob_path("k").stat().st_mtime_ns - before > 2_000_000_000
+    assert reopened(store).lookup("k") is None
+
+
+def test_another_file_of_equal_size_and_time_is_verified(store: Store, tmp_path: Path, verified: list[Path]) -> None:
+    status = store.blob_path("k").stat()
+    other = tmp_path / "other"
+    other.write_bytes(DATA[::-1])
+    os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
+    other.replace(store.blob_path("k"))
+    assert reopened(store).lookup("k") is None
+    assert verified == [store.blob_path("k")]
+
+
+@pytest.mark.parametrize("size", [0, len(DATA) - 1, len(DATA) + 1])
+def test_a_blob_of_another_size_is_a_miss_whatever_its_time_says(
+    store: Store, size: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(store, "k")
+    path = store.blob_path("k")
+    status = path.stat()
+    path.chmod(0o600)
+    os.truncate(path, size)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert reopened(store).lookup("k") is None
+    assert "set aside" in caplog.text
+
+
+@pytest.mark.parametrize("memo", [b"", b"{}", b"\xff", None])
+def test_a_damaged_memo_costs_a_verification(store: Store, memo: bytes | None, verified: list[Path]) -> None:
+    path = store.root / "verified" / "k.json"
+    if memo is None:
+        path.unlink()
+        path.mkdir()
+    else:
+        path.write_bytes(memo)
+    assert reopened(store).lookup("k") is not None
+    assert verified == [store.blob_path("k")]
+
+
+def test_a_memo_does_not_vouch_for_an_edited_receipt(store: Store) -> None:
+    receipt = put(store, "k")
+    edited = replace(receipt, blob=replace(receipt.blob, head=Digest("blake3", "00")))
+    tamper(store.receipt_path("k"), edited.to_bytes())
+    assert reopened(store).lookup("k") is None
+
+
+def test_verification_forgets_a_blob_that_decayed_without_a_trace(store: Store) -> None:
+    put(store, "k")
+    path = store.blob_path("k")
+    status = path.stat()
+    tamper(path, DATA[:-1] + b"x")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert [problem.kind for problem in reopened(store).verify()] == ["store-corrupt"]
+    assert reopened(store).lookup("k") is None
+
+
+def test_what_is_collected_is_forgotten(store: Store) -> None:
+    put(store, "k")
+    aged(store.receipt_path("k"))
+    assert len(store.collect(older_than=50.0)) == 1
+    assert list((store.root / "verified").iterdir()) == []
+    assert store.lookup("k") is None
+
+
+# ---- job keys ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> SourceFolder:
+    return SourceFolder(checkpoints.write(tmp_path / "source", [{"m.weight": checkpoints.gaussian(1, 64, 128)}]))
+
+
+def planned(source: SourceFolder, scheme: str = "FP8_DYNAMIC") -> ShardPlan:
+    return make_plan(source, uniform(scheme)).shards[0]
+
+
+def test_a_key_is_computed_once_for_a_plan_and_its_sources(
+    store: Store, source: SourceFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = planned(source)
+    counted: list[str] = []
+    compute = ShardPlan.job_key
+
+    def note(self: ShardPlan, digests: dict[str, str]) -> str:
+        counted.append(self.name)
+        return compute(self, digests)
+
+    monkeypatch.setattr(ShardPlan, "job_key", note)
+    first = store.job_key(shard, {shard.name: "blake3:00"})
+    assert store.job_key(shard, {shard.name: "blake3:00", "other": "blake3:11"}) == first
+    assert len(counted) == 1
+    assert store.job_key(shard, {shard.name: "blake3:11"}) != first
+    assert store.job_key(planned(source, "INT8"), {shard.name: "blake3:00"}) != first
+    assert store.job_key(shard, {shard.name: "blake3:00"}) == first == compute(shard, {shard.name: "blake3:00"})
+
+
+def test_a_job_is_known_once_its_source_was_read(
+    store: Store, source: SourceFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "_FRESH_NS", 0)
+    shard = planned(source)
+    assert (store.known_job(shard, source), store.seems_to_hold(shard, source)) == (None, None)
+    digest = store.source_digest(source.path(shard.name))[0]
+    job = store.known_job(shard, source)
+    assert job is not None
+    assert job.sources == ((shard.name, str(digest)),)
+    assert store.seems_to_hold(shard, source) is False
+    put(store, job.key)
+    assert store.seems_to_hold(shard, source) is True
+    source.path(shard.name).write_bytes(b"other")
+    assert store.known_job(shard, source) is None

@@ -128,7 +128,7 @@ class Slab:
         extent = Extent()
         if self.shares_extent:
             first = self.units[0][1]
-            spec = replace(first.tensor, name=first.module, shape=first.slab)
+            spec = first.tensor._replace(name=first.module, shape=first.slab)
             extent = _measure(lane, data, first.slab, self.span.shard, spec, 0)
         blocks: list[SlabBlock] = []
         for number, unit in self.units:
@@ -230,7 +230,7 @@ def _extent_of(
         name, begin, shape = unit.module, unit.begin, unit.slab
     else:
         name, begin, shape = spec.name, unit.begin + unit.first * row_bytes, (unit.rows, unit.cols)
-    whole = replace(spec, name=name, shape=shape, begin=begin, end=begin + shape[0] * row_bytes)
+    whole = spec._replace(name=name, shape=shape, begin=begin, end=begin + shape[0] * row_bytes)
     return f"{begin}:{whole.end}", (TensorRef(shard.name, shard.data_start, whole),)
 
 

@@ -147,14 +147,11 @@ def quantize_shard(shard: ShardPlan, source: SourceFolder, store: Store, control
 
 def find_stored(shard: ShardPlan, source: SourceFolder, store: Store) -> ShardOutcome | None:
     """The finished result of a shard, if it can be told without reading the source's tensors."""
-    known = {name: store.known_digest(source.path(name)) for name in shard.sources}
-    digests = {name: str(digest) for name, digest in known.items() if digest is not None}
-    receipt = store.lookup(shard.job_key(digests)) if len(digests) == len(known) else None
-    if receipt is None:
+    job = store.known_job(shard, source)
+    receipt = store.lookup(job.key) if job is not None else None
+    if job is None or receipt is None:
         return None
-    return ShardOutcome(
-        shard=shard.name, receipt=receipt, is_hit=True, sources=tuple(digests.items()), bytes_read=0, seconds=0.0
-    )
+    return ShardOutcome(shard=shard.name, receipt=receipt, is_hit=True, sources=job.sources, bytes_read=0, seconds=0.0)
 
 
 def _open_unchanged(sources: _Sources) -> None:

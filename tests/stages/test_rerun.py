@@ -1,0 +1,158 @@
+"""A run that has nothing to do: it reads headers, names each job once, and computes nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import checkpoints
+from shardmill.core.plan import ShardPlan
+from shardmill.core.recipe import uniform
+from shardmill.stages.pipeline import RunOptions, RunResult, run
+from shardmill.stages.plan import Locations
+from shardmill.storage import local, store
+from shardmill.storage.local import RangeReader
+from shardmill.storage.source import SourceFolder
+from shardmill.storage.store import FAST, FULL
+
+SHARDS = 4
+RESTS = ["published", "removed"]
+"""What became of the destination of the first run."""
+
+
+@pytest.fixture
+def locations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Locations:
+    """A finished run whose source's digests are remembered."""
+    monkeypatch.setattr(store, "_FRESH_NS", 0)
+    source = checkpoints.write(tmp_path / "source", checkpoints.deal(checkpoints.llama(), SHARDS))
+    found = Locations(source=str(source), destination=str(tmp_path / "result"))
+    assert sum(outcome.is_hit for outcome in again(found).outcomes) == 0
+    return found
+
+
+def again(locations: Locations, verify: str = FAST) -> RunResult:
+    return run(locations, uniform("NVFP4A16"), RunOptions(device="cpu", workers=1, verify=verify))
+
+
+def leave(locations: Locations, rest: str) -> None:
+    if rest == "removed":
+        shutil.rmtree(locations.destination_path)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, int]]:
+    """Path and last byte of every range that is read."""
+    found: list[tuple[Path, int]] = []
+    read_into = RangeReader.read_into
+
+    def note(self: RangeReader, offset: int, view: memoryview) -> None:
+        found.append((self.path, offset + len(view)))
+        read_into(self, offset, view)
+
+    monkeypatch.setattr(RangeReader, "read_into", note)
+    return found
+
+
+def tensor_reads(locations: Locations, reads: list[tuple[Path, int]]) -> set[str]:
+    """Names of the source shards and blobs of which more than the header was read."""
+    source = SourceFolder(Path(locations.source))
+    return {
+        path.name
+        for path, end in reads
+        if path.suffix == ".safetensors"
+        and (path.parent != source.root or end > source.read_header(path.name).header.data_start)
+    }
+
+
+@pytest.mark.parametrize("rest", RESTS)
+def test_nothing_to_do_reads_no_tensor(locations: Locations, rest: str, reads: list[tuple[Path, int]]) -> None:
+    leave(locations, rest)
+    result = again(locations)
+    assert sum(outcome.is_hit for outcome in result.outcomes) == SHARDS
+    assert len(reads) > 0
+    assert tensor_reads(locations, list(reads)) == set()
+    assert (locations.destination_path / "config.json").exists()
+
+
+def test_a_finished_run_is_remembered_however_young_its_blobs_are(
+    locations: Locations, reads: list[tuple[Path, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(locations.destination_path)
+    shutil.rmtree(locations.store_path / "blobs")
+    monkeypatch.setattr(store, "_FRESH_NS", 2_000_000_000)
+    assert sum(outcome.is_hit for outcome in again(locations).outcomes) == 0
+    reads.clear()
+    assert sum(outcome.is_hit for outcome in again(locations).outcomes) == SHARDS
+    assert tensor_reads(locations, list(reads)) == set()
+
+
+@pytest.mark.parametrize("rest", RESTS)
+def test_full_verification_reads_every_blob(locations: Locations, rest: str, reads: list[tuple[Path, int]]) -> None:
+    leave(locations, rest)
+    again(locations, FULL)
+    blobs = {path.name for path in (locations.store_path / "blobs").iterdir()}
+    assert len(blobs) == SHARDS
+    assert blobs <= tensor_reads(locations, list(reads))
+
+
+def test_a_blob_that_was_edited_is_done_again(locations: Locations) -> None:
+    shutil.rmtree(locations.destination_path)
+    blob = next((locations.store_path / "blobs").iterdir())
+    whole = blob.read_bytes()
+    blob.chmod(0o600)
+    blob.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    result = again(locations)
+    assert sum(outcome.is_hit for outcome in result.outcomes) == SHARDS - 1
+    assert blob.read_bytes() == whole
+
+
+@pytest.mark.parametrize("rest", RESTS)
+def test_a_stage_names_each_job_once(locations: Locations, rest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shardmill.stages.pipeline.validate_locations", lambda *_: [])  # opens a store of its own
+    named: list[str] = []
+    job = ShardPlan.job
+
+    def note(self: ShardPlan) -> dict[str, object]:
+        named.append(self.name)
+        return job(self)
+
+    monkeypatch.setattr(ShardPlan, "job", note)
+    leave(locations, rest)
+    again(locations)
+    assert Counter(named) == dict.fromkeys(named, 1)
+    assert len(named) == SHARDS
+
+
+def test_a_damaged_blob_of_a_published_result_is_warned_of(
+    locations: Locations, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Blob and result are one file: whoever truncates one loses both, and the size tells."""
+    blob = next((locations.store_path / "blobs").iterdir())
+    blob.chmod(0o600)
+    with blob.open("r+b") as file:
+        file.seek(0)
+        file.write(b"\xff")
+    result = again(locations)
+    assert len(result.outcomes) == SHARDS - 1
+    assert "set aside" in caplog.text
+
+
+def test_edges_are_read_once_per_state(locations: Locations, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not remembered is verified once, and then remembered."""
+    read: list[Path] = []
+    hash_edges = local.hash_edges
+
+    def note(path: Path) -> tuple[object, object]:
+        read.append(path)
+        return hash_edges(path)
+
+    monkeypatch.setattr(store, "hash_edges", note)
+    blobs = sorted((locations.store_path / "blobs").iterdir())
+    os.utime(blobs[0])  # as a restored backup has
+    again(locations)
+    again(locations)
+    assert read == [blobs[0]]
