@@ -2,9 +2,9 @@
 
     rerun.py [shards] [tensors per shard]
 
-`cold` computes every shard of a tiny checkpoint; `hits` publishes from a complete store; `done` finds the destination
-finished. The flow talks to a server of its own, which works on after the flow has ended; each figure is taken when that
-server is at rest.
+`cold` computes every shard of a tiny checkpoint; `hits` publishes from a complete store, and once more with what the
+flow recorded by then; `done` finds the destination finished. The flow talks to a server of its own, which works on
+after the flow has ended; each figure is taken when that server is at rest.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def main() -> None:
         print(f"{shards} shards of {tensors} tensors, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
         print("| case | plain s | CPU s | flow s | CPU s | more ms per shard | more CPU ms | server CPU ms |")
         print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-        for case, name in (("cold", "out"), ("hits", "out2"), ("done", "out2")):
+        for case, name in (("cold", "1"), ("hits", "2"), ("hits again", "3"), ("done", "3")):
             served = settle()
             loop = timed(plain(source, home / "plain" / name))
             flown = timed(flow(source, home / "flow" / name))

@@ -181,7 +181,7 @@ def test_collection_keeps_what_is_young_published_or_wanted(store: Store, tmp_pa
 def verified(store: Store, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Blobs whose bytes were read for verification, in order."""
     found: list[Path] = []
-    edges, whole = store_module.hash_edges, store_module.hash_file
+    edges, whole = local.hash_edges, local.hash_file
 
     def note_edges(path: Path) -> tuple[Digest, Digest]:
         found.append(path)
