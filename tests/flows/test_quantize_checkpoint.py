@@ -110,7 +110,8 @@ def test_one_bad_shard_of_twelve_fails_the_run_and_only_it_is_done_again(
 def test_another_machine_finds_everything_in_the_store(
     ask: Ask, tmp_path: Path, records: Path, computed: list[str]
 ) -> None:
-    quantize_checkpoint(ask())
+    for destination in ("first", "second"):  # the second run leaves records under the job keys
+        quantize_checkpoint(ask(destination=str(tmp_path / destination)))
     shutil.rmtree(records)
     computed.clear()
 

@@ -77,8 +77,7 @@ def published_result(plan: Plan, locations: Locations, store: Store) -> dict[str
     keys = {shard.name: store.job_key(shard, digests) for shard in plan.shards}
     digest = assemble.plan_digest(plan, keys, _file_digests(plan, source))
     found = read_manifest(locations.destination_path)
-    shards = found.get("shards", []) if found else []
-    if found is None or not is_published(locations.destination_path, {"plan": digest, "shards": shards}):
+    if found is None or found.get("plan") != digest or not _is_whole(locations.destination_path, found):
         raise in_use(locations.destination_path, "it holds the result of another plan")
     return found
 
@@ -90,9 +89,12 @@ def _file_digests(plan: Plan, source: SourceFolder) -> dict[str, str]:
 def is_published(destination: Path, manifest: Mapping[str, Any]) -> bool:
     """Whether a destination holds exactly the result that a manifest describes, as far as names and sizes tell."""
     found = read_manifest(destination)
-    if found is None or found.get("plan") != manifest["plan"]:
-        return False
+    return found is not None and found.get("plan") == manifest["plan"] and _is_whole(destination, manifest)
+
+
+def _is_whole(destination: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether every shard of a manifest is there, in the size that it says."""
     return all(
         (path := destination / entry["name"]).is_file() and path.stat().st_size == entry["size"]
-        for entry in manifest["shards"]
+        for entry in manifest.get("shards", ())
     )
