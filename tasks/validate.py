@@ -7,7 +7,7 @@ from prefect.cache_policies import NO_CACHE
 
 from shardmill.core.plan import Plan, ShardPlan
 from shardmill.errors import Problem
-from shardmill.orchestration import Job
+from shardmill.orchestration import Job, bench_of
 from shardmill.stages import validate
 
 CHUNK = 32
@@ -36,4 +36,4 @@ def validate_shards(shards: tuple[ShardPlan, ...], taken: frozenset[str], first:
 )
 def validate_locations(plan: Plan, job: Job) -> list[Problem]:
     """Check destination and store: free, writable, large enough."""
-    return validate.validate_locations(plan, job.locations)
+    return validate.validate_locations(plan, job.locations, bench_of(job).store)

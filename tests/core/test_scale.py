@@ -132,6 +132,7 @@ def test_sizes_and_keys_are_those_of_the_layout(make: Callable[[], Plan]) -> Non
             digests = {name: f"blake3:{n}" for n, name in enumerate(shard.sources)}
             for _ in range(2):
                 assert shard.job_key(digests) == digest_json(shard.job() | {"sources": list(digests.values())})
+                assert shard.shape() == digest_json(shard.job())
 
 
 def assert_sizes(shard: ShardPlan) -> None:

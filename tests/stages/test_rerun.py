@@ -111,16 +111,15 @@ def test_a_blob_that_was_edited_is_done_again(locations: Locations) -> None:
 
 
 @pytest.mark.parametrize("rest", RESTS)
-def test_a_stage_names_each_job_once(locations: Locations, rest: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shardmill.stages.pipeline.validate_locations", lambda *_: [])  # opens a store of its own
+def test_a_run_names_each_job_once(locations: Locations, rest: str, monkeypatch: pytest.MonkeyPatch) -> None:
     named: list[str] = []
-    job = ShardPlan.job
+    describe = ShardPlan._tensors_text
 
-    def note(self: ShardPlan) -> dict[str, object]:
+    def note(self: ShardPlan) -> str:
         named.append(self.name)
-        return job(self)
+        return describe(self)
 
-    monkeypatch.setattr(ShardPlan, "job", note)
+    monkeypatch.setattr(ShardPlan, "_tensors_text", note)
     leave(locations, rest)
     again(locations)
     assert Counter(named) == dict.fromkeys(named, 1)

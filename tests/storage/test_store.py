@@ -313,26 +313,6 @@ def planned(source: SourceFolder, scheme: str = "FP8_DYNAMIC") -> ShardPlan:
     return make_plan(source, uniform(scheme)).shards[0]
 
 
-def test_a_key_is_computed_once_for_a_plan_and_its_sources(
-    store: Store, source: SourceFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shard = planned(source)
-    counted: list[str] = []
-    compute = ShardPlan.job_key
-
-    def note(self: ShardPlan, digests: dict[str, str]) -> str:
-        counted.append(self.name)
-        return compute(self, digests)
-
-    monkeypatch.setattr(ShardPlan, "job_key", note)
-    first = store.job_key(shard, {shard.name: "blake3:00"})
-    assert store.job_key(shard, {shard.name: "blake3:00", "other": "blake3:11"}) == first
-    assert len(counted) == 1
-    assert store.job_key(shard, {shard.name: "blake3:11"}) != first
-    assert store.job_key(planned(source, "INT8"), {shard.name: "blake3:00"}) != first
-    assert store.job_key(shard, {shard.name: "blake3:00"}) == first == compute(shard, {shard.name: "blake3:00"})
-
-
 def test_a_job_is_known_once_its_source_was_read(
     store: Store, source: SourceFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

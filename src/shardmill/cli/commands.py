@@ -114,7 +114,12 @@ def _dry_run(locations: Locations, options: Options, console: Console) -> int:
     from shardmill.stages.validate import validate_locations, validate_plan
 
     found = make_plan(locations.open_source(), read_recipe(options))
-    code = _show_plan(found, sorted({*validate_plan(found), *validate_locations(found, locations)}), options, console)
+    code = _show_plan(
+        found,
+        sorted({*validate_plan(found), *validate_locations(found, locations, locations.open_store())}),
+        options,
+        console,
+    )
     console.say("dry run: nothing was written")
     return code
 

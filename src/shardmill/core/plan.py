@@ -175,7 +175,7 @@ class ShardPlan:
 
     def shape(self) -> str:
         """Name the work without its sources: only jobs of one shape can have one key."""
-        return digest_json(self.job())
+        return self._digest(())
 
     def job_key(self, digests: Mapping[str, str]) -> str:
         """Name the work by content: SHA-256 over the job and the digests of the shards it reads.
@@ -183,9 +183,12 @@ class ShardPlan:
         Args:
             digests: `algorithm:value` by shard name, for every name in `sources`.
         """
-        sources = tuple([digests[name] for name in self.sources])
+        return self._digest(tuple([digests[name] for name in self.sources]))
+
+    def _digest(self, sources: tuple[str, ...]) -> str:
+        """SHA-256 of the canonical JSON of the job, with the digests of its sources if any."""
         if sources not in self._keys:
-            frame = canonical_json(self._job(None) | {"sources": sources})
+            frame = canonical_json(self._job(None) | ({"sources": sources} if sources else {}))
             job = frame.replace(b'"tensors":null', f'"tensors":[{self._tensors_text()}]'.encode(), 1)
             self._keys[sources] = hashlib.sha256(job).hexdigest()
         return self._keys[sources]

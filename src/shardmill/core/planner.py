@@ -29,7 +29,7 @@ from shardmill.core.plan import (
     TensorRef,
 )
 from shardmill.core.recipe import Recipe
-from shardmill.core.roles import Role, role_of, runtime_heads
+from shardmill.core.roles import Role, has_digit_word, role_of, runtime_heads
 from shardmill.core.scheme import Scheme
 from shardmill.errors import Problem, show
 
@@ -39,12 +39,12 @@ def _role_of_template(template: str) -> Role | None:
     return role_of(template)
 
 
-_DIGITS = re.compile(r"\d+")
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 def _role(module: str) -> Role | None:
-    """Roles do not depend on layer numbers: look them up once per name template."""
-    return _role_of_template(_DIGITS.sub("0", module))
+    """Roles do not depend on layer numbers: look them up once per name without them. Digits in words count."""
+    return _role_of_template(_NUMBER.sub("0", module))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class _Planner:
         """Choose what happens to every tensor of a shard, and why.
 
         Patterns and roles are asked once for each kind of tensor: no answer depends on digits but through the patterns
-        that see them. Only a fused expert stack is decided by itself.
+        that see them, and the roles that have some in their words. A fused expert stack is decided by itself.
         """
         hits = self.matcher.digit_hits()
         found: list[_Decision] = []
@@ -120,6 +120,8 @@ class _Planner:
             kind: _Kind = (template, spec.dtype, spec.shape)
             if hits is not None:
                 kind = (*kind, hits(split_name(spec.name)[0]))
+            if has_digit_word(template):
+                kind = (*kind, spec.name)
             decision = self.known.get(kind)
             if decision is None:
                 stack = parse_stack(spec.name, spec.shape)

@@ -77,6 +77,16 @@ ROLES: Final[tuple[Role, ...]] = (
     Role("sensitive", "upstream recipes keep it dense", _words("weights_proj"), r"_latent_proj$|(^|\.)indexer\.wk$"),
 )
 
+
+def has_digit_word(template: str) -> bool:
+    """Tell whether names of a template may differ in role by a digit: those with a convolution's word in them.
+
+    >>> has_digit_word("model.conv0d.weight"), has_digit_word("model.layers.00.w0.weight")
+    (True, False)
+    """
+    return "conv0d" in template.lower()
+
+
 TIED_HEADS: Final = ("lm_head",)
 """Heads that exist at run time although no tensor does; always named in the written `ignore`."""
 _TIED_BY_MODEL: Final = {"whisper": "proj_out", "bert": "cls.predictions.decoder"}

@@ -74,7 +74,7 @@ def published_result(plan: Plan, locations: Locations, store: Store) -> dict[str
     """
     source = locations.open_source()
     digests = {shard.name: str(store.source_digest(source.path(shard.name))[0]) for shard in plan.shards}
-    keys = {shard.name: store.job_key(shard, digests) for shard in plan.shards}
+    keys = {shard.name: shard.job_key(digests) for shard in plan.shards}
     digest = assemble.plan_digest(plan, keys, _file_digests(plan, source))
     found = read_manifest(locations.destination_path)
     if found is None or found.get("plan") != digest or not _is_whole(locations.destination_path, found):

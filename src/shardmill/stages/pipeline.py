@@ -70,9 +70,9 @@ def run(
     stopping = stop or threading.Event()
     source = locations.open_source()
     plan = make_plan(source, recipe)
-    refuse_problems([*validate_plan(plan), *validate_locations(plan, locations)])
-    watch.on_plan(plan)
     store = locations.open_store(options.verify)
+    refuse_problems([*validate_plan(plan), *validate_locations(plan, locations, store)])
+    watch.on_plan(plan)
     store.prepare()
     if not is_free(locations.destination_path):
         return _finished(plan, locations, store, watch, started)

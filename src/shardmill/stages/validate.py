@@ -68,12 +68,12 @@ def validate_plan(plan: Plan) -> list[Problem]:
     return sorted({*plan.problems, *validate_shards(plan.shards, source_names(plan))})
 
 
-def validate_locations(plan: Plan, locations: Locations) -> list[Problem]:
+def validate_locations(plan: Plan, locations: Locations, store: Store) -> list[Problem]:
     """Problems of destination and store: in use, not writable, too small for what is not there yet."""
     source = locations.open_source()
     destination = locations.destination_path
     problems = check_destination(destination, source.root) + check_location(locations.store_path, source.root)
-    return problems + _check_space(plan, source, locations.open_store(), destination)
+    return problems + _check_space(plan, source, store, destination)
 
 
 def _check_space(plan: Plan, source: SourceFolder, store: Store, destination: Path) -> list[Problem]:
@@ -83,19 +83,12 @@ def _check_space(plan: Plan, source: SourceFolder, store: Store, destination: Pa
     free = shutil.disk_usage(existing).free
     need = 0
     for shard in plan.shards:
-        if not _is_stored(shard, source, store):
+        if not store.seems_to_hold(shard, source):
             need += shard.sizes().output_bytes
     if need <= free:
         return []
     message = f"{need} bytes are needed for the output, {free} are free at `{existing}`"
     return [Problem(file=str(destination), kind="no-space", message=message, way_out="free space or set --store")]
-
-
-def _is_stored(shard: ShardPlan, source: SourceFolder, store: Store) -> bool:
-    """Whether a blob of this shard is there, as far as can be told without reading the source."""
-    digests = {name: store.known_digest(source.path(name)) for name in shard.sources}
-    known = {name: str(digest) for name, digest in digests.items() if digest is not None}
-    return len(known) == len(digests) and store.blob_path(shard.job_key(known)).exists()
 
 
 def refuse_problems(problems: Iterable[Problem]) -> None:

@@ -19,7 +19,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,8 +80,6 @@ class Store:
         """By key: receipts whose blob this process has verified or written."""
         self._digests: dict[FileIdentity, Digest] = {}
         """Remembered digests that this process has looked up."""
-        self._keys: dict[str, tuple[ShardPlan, tuple[str, ...], str]] = {}
-        """By shard name: the plan and the source digests that a job key was computed from, and the key."""
 
     def prepare(self) -> None:
         """Create the folders, private to their owner, and remove temporary files of dead writers.
@@ -148,18 +146,6 @@ class Store:
         self._set_aside(key)
         return None
 
-    def job_key(self, shard: ShardPlan, digests: Mapping[str, str]) -> str:
-        """The job key of a shard; computed once, since it takes the layout of the whole output.
-
-        Args:
-            digests: `algorithm:value` by shard name, for every name in `shard.sources`.
-        """
-        sources = tuple(digests[name] for name in shard.sources)
-        kept = self._keys.get(shard.name)
-        if kept is None or kept[0] is not shard or kept[1] != sources:
-            kept = self._keys[shard.name] = (shard, sources, shard.job_key(digests))
-        return kept[2]
-
     def known_job(self, shard: ShardPlan, source: SourceFolder) -> KnownJob | None:
         """The job of a shard, or None where naming it takes reading the source's tensors.
 
@@ -172,7 +158,7 @@ class Store:
             if digest is None:
                 return None
             digests[name] = str(digest)
-        return KnownJob(self.job_key(shard, digests), tuple(digests.items()))
+        return KnownJob(shard.job_key(digests), tuple(digests.items()))
 
     def seems_to_hold(self, shard: ShardPlan, source: SourceFolder) -> bool | None:
         """Whether receipt and blob of a shard are there; None where that takes reading the source. Checks no bytes.
