@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Final, Protocol
 
 from shardmill.kernels.lanes import CPU_BLOCK_BYTES, DEVICE_BLOCK_BYTES, BlockSize, CpuLane, Lane, TorchLane
@@ -95,8 +94,9 @@ class Crew:
             return self._new_lane()
 
     def give_lane(self, lane: Lane) -> None:
-        """Let others use a lane."""
-        self._lanes.append(lane)
+        """Let others use a lane; dropped where as many as can be busy are free, because the memory of each is kept."""
+        if len(self._lanes) < self._size * _WINDOW_BLOCKS:
+            self._lanes.append(lane)
 
     def work_on(self, job: Job) -> None:
         """Do all of a job.
@@ -105,11 +105,11 @@ class Crew:
             Exception: the first that a step raised; no step runs any more.
         """
         shift = _Shift(job)
-        with self._changed:
-            self._start_threads()
-            self._shifts.append(shift)
-            self._changed.notify_all()
         try:
+            with self._changed:
+                self._start_threads()
+                self._shifts.append(shift)
+                self._changed.notify_all()
             while not shift.done.wait(_WAKE_SECONDS):
                 pass
         except BaseException:
@@ -129,8 +129,8 @@ class Crew:
 
     def _start_threads(self) -> None:
         while self._started < self._size:
+            threading.Thread(target=self._serve, name=f"crew-{self._started + 1}", daemon=True).start()
             self._started += 1
-            threading.Thread(target=self._serve, name=f"crew-{self._started}", daemon=True).start()
 
     def _serve(self) -> None:
         while True:
@@ -163,9 +163,19 @@ class Crew:
                     self._changed.notify_all()
 
 
-@cache
+_crews: Final[dict[tuple[str, bool], Crew]] = {}
+
+
 def crew_of(device: str, *, is_torch: bool) -> Crew:
     """The crew of a device in this process."""
+    key = device, is_torch
+    if key not in _crews:
+        # two shards may come here at once; a spare crew has no thread yet, and everybody gets the first
+        _crews.setdefault(key, _new_crew(device, is_torch=is_torch))
+    return _crews[key]
+
+
+def _new_crew(device: str, *, is_torch: bool) -> Crew:
     if not is_torch:
         return Crew(cores(), BlockSize(CPU_BLOCK_BYTES), CpuLane)
     import torch  # takes seconds, and the CPU needs none of it
@@ -176,4 +186,4 @@ def crew_of(device: str, *, is_torch: bool) -> Crew:
     return Crew(threads, block, lambda: TorchLane(device, block))
 
 
-os.register_at_fork(after_in_child=crew_of.cache_clear)  # threads do not survive a fork
+os.register_at_fork(after_in_child=_crews.clear)  # threads do not survive a fork
