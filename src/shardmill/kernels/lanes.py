@@ -157,16 +157,34 @@ class TorchLane:
         return self._reference.from_buffer(block, dtype, shape, self._device)
 
     def measure(self, block: memoryview, dtype: str, shape: tuple[int, ...]) -> Extent:
-        """As `Lane.measure`."""
-        with self._stream:
-            return self._reference.measure(self._load(block, dtype, shape))
+        """Find the extent of a block; in halves, and smaller blocks from then on, where the device has no room for it.
+
+        Raises:
+            DeviceExhausted: not even one row finds room.
+        """
+        try:
+            with self._stream:
+                return self._reference.measure(self._load(block, dtype, shape))
+        except self._torch.OutOfMemoryError:
+            pass  # as in `encode`
+        self._size.shrink()
+        first = shape[0] // 2
+        if not first:
+            raise self._exhausted(dtype, shape)
+        middle = len(block) // shape[0] * first
+        upper = self.measure(block[:middle], dtype, (first, *shape[1:]))
+        return upper.merge(self.measure(block[middle:], dtype, (shape[0] - first, *shape[1:])))
+
+    def _exhausted(self, dtype: str, shape: tuple[int, ...]) -> DeviceExhausted:
+        sizes = " x ".join(map(str, shape[1:]))
+        message = f"device {show(self._device)} has no room for {shape[0]} rows of {sizes} {dtype}"
+        return DeviceExhausted(f"{message}; free its memory or set --device cpu")
 
     def first_nonfinite(
         self, block: memoryview, dtype: str, shape: tuple[int, ...]
     ) -> tuple[int, tuple[int, ...]] | None:
-        """As `Lane.first_nonfinite`."""
-        with self._stream:
-            return self._reference.first_nonfinite(self._load(block, dtype, shape))
+        """As `Lane.first_nonfinite`; on the host, where the block is already."""
+        return self._reference.first_nonfinite(self._reference.from_buffer(block, dtype, shape))
 
     def encode(
         self, block: memoryview, dtype: str, shape: tuple[int, int], scheme: Scheme, whole: Extent | None
@@ -192,20 +210,21 @@ class TorchLane:
         self, block: memoryview, dtype: str, shape: tuple[int, int], scheme: Scheme, whole: Extent | None
     ) -> EncodedBlock:
         step = row_alignment(scheme.weights)
-        first = shape[0] // 2 // step * step
-        if not first:
-            message = f"device {show(self._device)} has no room for {shape[0]} rows of {shape[1]} {dtype}"
-            raise DeviceExhausted(f"{message}; free its memory or set --device cpu")
+        first = -(-shape[0] // (2 * step)) * step
+        if first >= shape[0]:
+            raise self._exhausted(dtype, shape)
         middle = first * shape[1] * BITS[dtype] // 8
         upper = self.encode(block[:middle], dtype, (first, shape[1]), scheme, whole)
         kept = {param: memoryview(bytes(view)) for param, view in upper.tensors.items()}
         lower = self.encode(block[middle:], dtype, (shape[0] - first, shape[1]), scheme, whole)
+        if not (upper.finite and lower.finite):
+            return EncodedBlock({}, Statistics(), finite=False)
         has_one_scale = scheme.weights.strategy == "tensor"
         tensors = {
             param: kept[param] if has_one_scale and param in _QPARAMS else memoryview(b"".join((kept[param], view)))
             for param, view in lower.tensors.items()
         }
-        return EncodedBlock(tensors, upper.statistics.merge(lower.statistics), upper.finite and lower.finite)
+        return EncodedBlock(tensors, upper.statistics.merge(lower.statistics), finite=True)
 
     def _fetch(self, found: reference.Encoded) -> EncodedBlock:
         """Bring a block to the host: one copy into page-locked memory for the codes, the rest is small."""
