@@ -65,6 +65,7 @@ def encode_shard(
         crew.work_on(encoding)
     finally:
         encoding.close()
+        output.close()
     return output.finish()
 
 
@@ -99,6 +100,11 @@ class _Held:
             buffer = memoryview(bytearray(_COPY_OUT_BYTES))
             while count := file.readinto(buffer):  # type: ignore[attr-defined]  # every binary file has it
                 yield buffer[:count]
+
+    def close(self) -> None:
+        """Drop the file, if there is one."""
+        if self._file is not None:
+            self._file.close()
 
 
 def _nowhere(_data: memoryview) -> None:
@@ -154,6 +160,11 @@ class _Output:
         if self._written < len(self.layout.placed):
             raise AssertionError(f"output {self.layout.placed[self._written].spec.name} was planned and never computed")
         return tuple(self.records)
+
+    def close(self) -> None:
+        """Drop what waits, which is something only where the shard failed."""
+        for held in (*self.held.values(), *self._parts.values()):
+            held.close()
 
     def _begin(self, number: int) -> Unit:
         unit = self.layout.units[number]
