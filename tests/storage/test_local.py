@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import threading
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from blake3 import blake3
@@ -13,7 +17,15 @@ from hypothesis import strategies as st
 
 from shardmill.errors import SourceChanged, StorageFailed
 from shardmill.storage import local
-from shardmill.storage.local import FileWriter, RangeReader, hash_edges, hash_file, remove_dead_temporaries, write_small
+from shardmill.storage.local import (
+    FileWriter,
+    RangeReader,
+    SourceHash,
+    hash_edges,
+    hash_file,
+    remove_dead_temporaries,
+    write_small,
+)
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -140,3 +152,230 @@ def test_a_file_that_changes_while_it_is_open_is_noticed(tmp_path: Path) -> None
 def test_a_missing_file_is_told_with_its_path(tmp_path: Path) -> None:
     with pytest.raises(StorageFailed, match=r"open .*absent.*No such file"):
         RangeReader(tmp_path / "absent")
+
+
+def test_a_reader_counts_what_it_read(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"0123456789")
+    with RangeReader(tmp_path / "a") as reader:
+        for offset, length in ((0, 4), (2, 5), (9, 0)):
+            reader.read_into(offset, memoryview(bytearray(length)))
+        assert reader.bytes_read == 9
+
+
+# The digest of a source that is taken along
+
+
+@given(
+    size=st.integers(0, 300),
+    ranges=st.lists(st.tuples(st.integers(0, 300), st.integers(0, 120)), max_size=12),
+    chunk=st.integers(1, 64),
+)
+@settings(max_examples=200)
+def test_a_digest_taken_along_is_that_of_the_file_and_reads_no_byte_twice(
+    tmp_path_factory: pytest.TempPathFactory, size: int, ranges: list[tuple[int, int]], chunk: int
+) -> None:
+    path = tmp_path_factory.mktemp("hash") / "a"
+    data = os.urandom(size)
+    path.write_bytes(data)
+    with pytest.MonkeyPatch.context() as patch, RangeReader(path) as reader:
+        patch.setattr(local, "_CHUNK_BYTES", chunk)
+        own: list[int] = []
+        plain = reader.read_into
+
+        def read_into(offset: int, view: memoryview) -> None:
+            own.extend(range(offset, offset + len(view)))
+            plain(offset, view)
+
+        patch.setattr(reader, "read_into", read_into)
+        digest = SourceHash(reader)
+        covered: set[int] = set()
+        for begin, length in ranges:
+            offset = min(begin, size)
+            view = memoryview(data)[offset : offset + length]
+            digest.cover(offset, view)
+            if len(view):
+                covered |= set(range(offset, offset + len(view)))
+        assert digest.finish().value == blake3(data).hexdigest()
+        assert digest.finish().value == blake3(data).hexdigest()
+    assert len(set(own)) == len(own)
+    assert set(own) | covered == set(range(size))
+
+
+@pytest.mark.parametrize("cuts", [(0, 10, 20, 30), (0, 1, 30), (0, 30)])
+def test_what_is_covered_in_order_is_not_read_again(tmp_path: Path, cuts: tuple[int, ...]) -> None:
+    data = bytes(range(30))
+    (tmp_path / "a").write_bytes(data)
+    with RangeReader(tmp_path / "a") as reader:
+        digest = SourceHash(reader)
+        for begin, end in pairwise(cuts):
+            digest.cover(begin, memoryview(data)[begin:end])
+        assert digest.finish().value == blake3(data).hexdigest()
+        assert reader.bytes_read == 0
+
+
+# Past the page cache
+
+BLOCK = 8192
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(local, "_DIRECT_BYTES", BLOCK)
+    before = threading.active_count()
+    yield
+    assert [thread.name for thread in threading.enumerate() if thread.name == "write-behind"] == []
+    assert threading.active_count() <= before
+
+
+def written(folder: Path, data: bytes, cut: int) -> bytes:
+    with FileWriter(folder, len(data)) as writer:
+        for begin in range(0, len(data), cut):
+            writer.write(memoryview(data)[begin : begin + cut])
+        digests = writer.commit(folder / "a")
+    assert digests.whole.value == blake3(data).hexdigest()
+    assert leftovers(folder) == []
+    return (folder / "a").read_bytes()
+
+
+SIZES = [n * BLOCK + more for n in (4, 5, 9) for more in (-1, 0, 1, 4095, 4096, 4097)]
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("cut", [1000, BLOCK, 5 * BLOCK + 3])
+def test_a_file_past_the_page_cache_has_its_bytes(tmp_path: Path, size: int, cut: int) -> None:
+    data = os.urandom(size)
+    assert written(tmp_path, data, cut) == data
+
+
+def test_large_files_go_past_the_page_cache_and_small_ones_do_not(tmp_path: Path, small_blocks: None) -> None:  # noqa: ARG001
+    probe = os.open(tmp_path / "probe", os.O_WRONLY | os.O_CREAT)
+    can_be = local._set_direct(probe, on=True)
+    os.close(probe)
+    for size, is_large in ((4 * BLOCK - 1, False), (4 * BLOCK, True)):
+        with FileWriter(tmp_path, size) as writer:
+            assert isinstance(writer._stream, local._DirectStream) == (is_large and can_be)
+
+
+def refuse_direct_writes(monkeypatch: pytest.MonkeyPatch, refused: list[int]) -> None:
+    plain = os.write
+
+    def write(fd: int, data: Any) -> int:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            refused.append(len(data))
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return plain(fd, data)
+
+    monkeypatch.setattr(os, "write", write)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("size", SIZES)
+def test_a_file_system_that_refuses_such_writes_gets_the_usual_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    refused: list[int] = []
+    refuse_direct_writes(monkeypatch, refused)
+    data = os.urandom(size)
+    assert written(tmp_path, data, 3000) == data
+    assert len(refused) <= 1
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_file_system_that_does_not_know_the_flag_gets_the_usual_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = fcntl.fcntl
+
+    def refuse(fd: int, command: int, flags: int = 0) -> int:
+        if command == fcntl.F_SETFL and flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return plain(fd, command, flags)
+
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    data = os.urandom(6 * BLOCK + 5)
+    with FileWriter(tmp_path, len(data)) as writer:
+        assert isinstance(writer._stream, local._Stream)
+    assert written(tmp_path, data, 3000) == data
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_writes_that_take_part_of_a_block_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: plain(fd, data[: max(1, len(data) // 2)]))
+    data = os.urandom(5 * BLOCK + 4097)
+    assert written(tmp_path, data, 3000) == data
+
+
+def fail_after(monkeypatch: pytest.MonkeyPatch, count: int) -> list[str]:
+    """Let the disk be full after some writes; gives the threads that wrote."""
+    plain, threads = os.write, list[str]()
+
+    def write(fd: int, data: Any) -> int:
+        threads.append(threading.current_thread().name)
+        if len(threads) > count:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return plain(fd, data)
+
+    monkeypatch.setattr(os, "write", write)
+    return threads
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("good", range(7))
+def test_a_disk_that_gets_full_behind_the_writer_is_told_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: int
+) -> None:
+    threads = fail_after(monkeypatch, good)
+    with pytest.raises(StorageFailed, match=r"write .*\.tmp.*No space left") as caught:
+        written(tmp_path, bytes(6 * BLOCK + 5000), 3000)
+    assert caught.value.errno == errno.ENOSPC
+    assert len(threads) == good + 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("blocks", [0, 1, 3, 5])
+def test_giving_up_ends_the_writing_thread_and_leaves_nothing(tmp_path: Path, blocks: int) -> None:
+    writer = FileWriter(tmp_path, 6 * BLOCK)
+    writer.write(memoryview(bytes(blocks * BLOCK)))
+    writer.abort()
+    assert list(tmp_path.iterdir()) == []
+    writer.abort()
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(
+    ("error", "told"), [(OSError(errno.ENOMEM, "no memory"), StorageFailed), (RuntimeError("no thread"), RuntimeError)]
+)
+def test_a_writer_that_cannot_start_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, told: type[Exception]
+) -> None:
+    def refuse(_fd: int) -> None:
+        raise error
+
+    monkeypatch.setattr(local, "_DirectStream", refuse)
+    monkeypatch.setattr(local, "_set_direct", lambda _fd, on: on)
+    with pytest.raises(told, match=r"no memory|no thread"):
+        FileWriter(tmp_path, 6 * BLOCK)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_many_writers_leave_no_thread(tmp_path: Path) -> None:
+    def write(number: int) -> None:
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        data = os.urandom(5 * BLOCK + number)
+        assert written(folder, data, 7000) == data
+
+    run_all([lambda number=number: write(number) for number in range(20)])  # type: ignore[misc]
+    assert len(list(tmp_path.glob("*/a"))) == 20
+
+
+def run_all(targets: list[Callable[[], None]]) -> None:
+    threads = [threading.Thread(target=target) for target in targets]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()

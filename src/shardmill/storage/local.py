@@ -302,7 +302,8 @@ class FileWriter:
             with operation("allocate", self._temporary), _without_file(self):
                 os.posix_fallocate(self._fd, 0, size)
         is_direct = size >= _DIRECT_BYTES * _DIRECT_BLOCKS and _set_direct(self._fd, on=True)
-        self._stream = _DirectStream(self._fd) if is_direct else _Stream(self._fd)
+        with operation("create", self._temporary), _without_file(self):
+            self._stream = _DirectStream(self._fd) if is_direct else _Stream(self._fd)
 
     def __enter__(self) -> Self:
         return self
@@ -385,7 +386,7 @@ def _without_file(writer: FileWriter) -> Iterator[None]:
     """Leave no temporary file behind when the writer cannot even start."""
     try:
         yield
-    except OSError:
+    except BaseException:
         writer.abort()
         raise
 
