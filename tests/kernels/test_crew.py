@@ -123,7 +123,7 @@ class Pieces:
     """A job of `count` pieces that counts what is done."""
 
     count: int
-    on_piece: Callable[[int], None] = lambda _number: None
+    on_piece: Callable[[int], object] = lambda _number: None
     done: list[int] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -170,7 +170,7 @@ def test_work_on_returns_only_when_the_last_piece_is_done() -> None:
 
 def test_all_threads_gather_on_a_job_that_is_alone() -> None:
     barrier = threading.Barrier(4)
-    job = Pieces(4, lambda _number: barrier.wait(PATIENCE) and None)
+    job = Pieces(4, lambda _number: barrier.wait(PATIENCE))
     new_crew(4).work_on(job)
     assert len(job.names) == 4
 
@@ -190,7 +190,7 @@ def test_threads_spread_over_two_jobs() -> None:
 
     crew = new_crew(4)
     jobs = [Pieces(9, meet(name)) for name in "ab"]
-    gate = Pieces(4, lambda _number: gates.wait(PATIENCE) and None)
+    gate = Pieces(4, lambda _number: gates.wait(PATIENCE))
     gates = threading.Barrier(5)  # keeps all threads busy until both jobs are there
     with started(*(lambda job=job: crew.work_on(job) for job in (gate, *jobs))) as errors:
         while True:
@@ -214,7 +214,7 @@ def test_an_error_reaches_its_own_caller_and_ends_its_own_job() -> None:
         if number > 2:  # taken while the error was on its way
             assert failed.wait(PATIENCE)
 
-    bad, good = Pieces(10_000, fail), Pieces(50, lambda _number: failed.wait(PATIENCE) and None)
+    bad, good = Pieces(10_000, fail), Pieces(50, lambda _number: failed.wait(PATIENCE))
     with started(lambda: crew.work_on(bad), lambda: crew.work_on(good)) as errors:
         pass
     assert errors == [error]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch import Tensor
 import checkpoints
 from blocks import row_blocks
 from kernels.oracle import expected
+from shardmill.core.plan import Plan
 from shardmill.core.recipe import Recipe, parse_recipe, uniform
 from shardmill.core.scheme import PRESETS
 from shardmill.errors import Interrupted, NonFiniteWeight, Refused, ShardFailures, SourceChanged
@@ -22,6 +25,8 @@ from shardmill.stages.devices import DevicePool
 from shardmill.stages.pipeline import RunOptions, RunResult, Watcher, run
 from shardmill.stages.plan import Locations, make_plan
 from shardmill.stages.quantize import Controls, quantize_shard
+from shardmill.storage.source import SourceFolder
+from shardmill.storage.store import Store
 
 CPU = RunOptions(device="cpu", workers=1)
 
@@ -315,3 +320,155 @@ def test_a_mixed_recipe_is_written_as_it_was_asked_for(tmp_path: Path) -> None:
     assert params["self_attn.q_proj"] == {"weight", "weight_scale"}
     assert params["mlp.down_proj"] == {"weight_packed", "weight_scale", "weight_shape"}
     assert params["mlp.up_proj"] == {"weight_packed", "weight_scale", "weight_global_scale"}
+
+
+# How often a source is read
+
+OLD_NS = 1_600_000_000 * 10**9
+
+
+def prepared(tmp_path: Path, parts: list[dict[str, Tensor]], scheme: str) -> tuple[Plan, SourceFolder, Store]:
+    """A plan of old files, whose digests may be remembered, with an empty store."""
+    source = checkpoints.write(tmp_path / "src", parts)
+    locations = Locations(source=str(source), destination=str(tmp_path / "dst"))
+    folder, store = locations.open_source(), locations.open_store()
+    store.prepare()
+    for path in source.glob("*.safetensors"):
+        os.utime(path, ns=(OLD_NS, OLD_NS))
+    return make_plan(folder, uniform(scheme)), folder, store
+
+
+PARTS = {"qkv": ("q", "k", "v"), "gate_up_down": ("gate", "up", "down")}
+CONTROLS = Controls(DevicePool(("cpu",)))
+
+
+def digest_of(path: Path) -> str:
+    return f"blake3:{blake3(path.read_bytes()).hexdigest()}"
+
+
+@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "FP8_BLOCK", "W8A8", "MXFP4"])
+def test_a_cold_shard_is_read_once_and_its_digest_is_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    monkeypatch.setattr("shardmill.storage.store._FRESH_NS", 0)  # a change time cannot be set back
+    plan, source, store = prepared(tmp_path, [checkpoints.llama()], scheme)
+    (shard,) = plan.shards
+    with row_blocks(9000):
+        outcome = quantize_shard(shard, source, store, CONTROLS)
+    digest = digest_of(source.path(shard.name))
+    assert outcome.bytes_read == shard.size
+    assert outcome.sources == ((shard.name, digest),)
+    assert outcome.receipt.key == shard.job_key({shard.name: digest})
+    assert str(store.known_digest(source.path(shard.name))) == digest
+    again = quantize_shard(shard, source, store, CONTROLS)
+    assert (again.is_hit, again.bytes_read) == (True, 0)
+    assert again.receipt.to_bytes() == outcome.receipt.to_bytes()
+
+
+def test_a_young_file_is_not_remembered(tmp_path: Path) -> None:
+    plan, source, store = prepared(tmp_path, [checkpoints.llama()], "FP8_DYNAMIC")
+    outcome = quantize_shard(plan.shards[0], source, store, CONTROLS)
+    assert outcome.sources == ((plan.shards[0].name, digest_of(source.path(plan.shards[0].name))),)
+    assert store.known_digest(source.path(plan.shards[0].name)) is None
+
+
+@pytest.mark.parametrize("leaf", ["qkv", "gate_up_down", "all"])
+def test_a_cold_shard_with_global_scales_is_read_at_most_twice(tmp_path: Path, leaf: str) -> None:
+    tensors = checkpoints.llama()
+    if leaf != "all":
+        tensors = {name: t for name, t in tensors.items() if any(f"{part}_proj" in name for part in PARTS[leaf])}
+    plan, source, store = prepared(tmp_path, [tensors], "NVFP4A16")
+    (shard,) = plan.shards
+    with row_blocks(9000):
+        outcome = quantize_shard(shard, source, store, CONTROLS)
+    # o_proj stands between k_proj and q_proj, which are measured first: the digest takes it in before its turn.
+    between = sum(t.spec.nbytes for t in shard.tensors if "o_proj" in t.spec.name)
+    assert shard.size < outcome.bytes_read <= 2 * shard.size + between
+    assert outcome.sources == ((shard.name, digest_of(source.path(shard.name))),)
+
+
+def test_a_digest_is_right_where_the_source_is_not_read_in_its_order(tmp_path: Path) -> None:
+    # Tensors of odd sizes are written last, so they are read last too.
+    odd = {f"a{n}.bias": torch.arange(n, dtype=torch.uint8) for n in range(20, 27)}
+    plan, source, store = prepared(tmp_path, [odd | checkpoints.llama()], "FP8_DYNAMIC")
+    (shard,) = plan.shards
+    with row_blocks(5000):
+        outcome = quantize_shard(shard, source, store, CONTROLS)
+    assert outcome.sources == ((shard.name, digest_of(source.path(shard.name))),)
+    assert shard.size <= outcome.bytes_read <= shard.size + sum(range(20, 27)) + 64
+
+
+def test_progress_adds_up_to_the_size_of_the_shard(tmp_path: Path) -> None:
+    plan, source, store = prepared(tmp_path, [checkpoints.llama()], "NVFP4A16")
+    for _ in range(2):
+        told: list[int] = []
+        quantize_shard(plan.shards[0], source, store, Controls(DevicePool(("cpu",)), on_bytes=told.append))
+        assert sum(told) == plan.shards[0].size
+
+
+def test_a_copy_of_the_source_is_hashed_found_and_not_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, source, store = prepared(tmp_path, [checkpoints.llama()], "FP8_DYNAMIC")
+    first = quantize_shard(plan.shards[0], source, store, CONTROLS)
+    shutil.copytree(tmp_path / "src", tmp_path / "copy")
+    copied = SourceFolder(tmp_path / "copy")
+
+    def refuse(*_: object, **_more: object) -> None:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr("shardmill.kernels.shard.encode_shard", refuse)
+    again = quantize_shard(make_plan(copied, uniform("FP8_DYNAMIC")).shards[0], copied, store, CONTROLS)
+    assert again.is_hit
+    assert again.bytes_read == plan.shards[0].size
+    assert again.receipt.to_bytes() == first.receipt.to_bytes()
+
+
+def test_another_source_of_the_same_shape_is_hashed_first_and_computed(tmp_path: Path) -> None:
+    plan, source, store = prepared(tmp_path, [checkpoints.llama()], "FP8_DYNAMIC")
+    first = quantize_shard(plan.shards[0], source, store, CONTROLS)
+    other = checkpoints.llama()
+    other["model.norm.weight"] += 1
+    folder = SourceFolder(checkpoints.write(tmp_path / "other", [other]))
+    (shard,) = make_plan(folder, uniform("FP8_DYNAMIC")).shards
+    outcome = quantize_shard(shard, folder, store, CONTROLS)
+    assert not outcome.is_hit
+    assert outcome.bytes_read > shard.size
+    assert outcome.sources == ((shard.name, digest_of(folder.path(shard.name))),)
+    assert outcome.receipt.key != first.receipt.key
+
+
+@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "NVFP4A16"])
+@pytest.mark.parametrize("when", [0, 3, 12])
+def test_a_source_truncated_while_it_is_read_leaves_nothing(tmp_path: Path, scheme: str, when: int) -> None:
+    plan, source, store = prepared(tmp_path, [checkpoints.llama()], scheme)
+    (shard,) = plan.shards
+    reads: list[int] = []
+
+    def truncate(count: int) -> None:
+        reads.append(count)
+        if len(reads) > when:
+            os.truncate(source.path(shard.name), shard.size // 2)
+
+    with row_blocks(9000), pytest.raises(SourceChanged):
+        quantize_shard(shard, source, store, Controls(DevicePool(("cpu",)), on_bytes=truncate))
+    assert len(reads) > when
+    assert [path.name for part in ("blobs", "receipts", "digests") for path in (store.root / part).iterdir()] == []
+    assert [thread.name for thread in threading.enumerate() if thread.name == "write-behind"] == []
+    checkpoints.write(tmp_path / "src", [checkpoints.llama()])
+    assert not quantize_shard(shard, source, store, CONTROLS).is_hit
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3, 8])
+def test_one_huge_shard_and_many_small_ones_finish_with_any_number_of_workers(tmp_path: Path, workers: int) -> None:
+    huge = {"model.layers.0.self_attn.o_proj.weight": checkpoints.gaussian(1, 4096, 512)}
+    small = [{f"model.layers.{n}.self_attn.o_proj.weight": checkpoints.gaussian(n, 32, 64)} for n in range(1, 13)]
+    source = checkpoints.write(tmp_path / "src", [*small[:6], huge, *small[6:]])
+    with row_blocks(64 << 10):
+        found = convert(source, tmp_path / "dst", uniform("FP8_DYNAMIC"), RunOptions(device="cpu", workers=workers))
+    assert sorted(outcome.shard for outcome in found.outcomes) == sorted(
+        path.name for path in source.glob("*.safetensors")
+    )
+    weight = next(iter(huge.values()))
+    wanted = {f"model.layers.0.self_attn.o_proj.{k}": v for k, v in expected(PRESETS["FP8_DYNAMIC"], weight).items()}
+    written = checkpoints.read(tmp_path / "dst")
+    assert checkpoints.as_bytes({name: written[name] for name in wanted}) == checkpoints.as_bytes(wanted)
+    assert len(written) == 2 * 13
