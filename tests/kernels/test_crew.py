@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,6 +48,14 @@ def started(*targets: Callable[[], Any]) -> Iterator[list[BaseException]]:
     for thread in threads:
         thread.join(PATIENCE)
         assert not thread.is_alive()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread brings about."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
 
 
 # Window
@@ -192,13 +201,12 @@ def test_threads_spread_over_two_jobs() -> None:
     jobs = [Pieces(9, meet(name)) for name in "ab"]
     gate = Pieces(4, lambda _number: gates.wait(PATIENCE))
     gates = threading.Barrier(5)  # keeps all threads busy until both jobs are there
-    with started(*(lambda job=job: crew.work_on(job) for job in (gate, *jobs))) as errors:
-        while True:
-            with crew._changed:
-                if len(crew._shifts) == 3:
-                    break
-        gates.wait(PATIENCE)
-    assert errors == []
+    with started(lambda: crew.work_on(gate)) as gate_errors:
+        until(lambda: gates.n_waiting == 4)
+        with started(*(lambda job=job: crew.work_on(job) for job in jobs)) as errors:
+            until(lambda: len(crew._shifts) == 3)
+            gates.wait(PATIENCE)
+    assert gate_errors == errors == []
     assert [len(job.done) for job in jobs] == [9, 9]
 
 
@@ -248,10 +256,7 @@ def test_an_error_waits_for_the_pieces_in_work() -> None:
             returned.set()
 
     with started(give) as errors:
-        while True:
-            with crew._changed:
-                if crew._shifts and crew._shifts[0].is_taken and crew._shifts[0].threads == 1:
-                    break
+        until(lambda: [(shift.is_taken, shift.threads) for shift in crew._shifts] == [(True, 1)])
         assert not returned.is_set()
         release.set()
     assert [type(error) for error in errors] == [OSError]
