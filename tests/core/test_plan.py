@@ -246,7 +246,7 @@ def test_blocks_that_do_not_tile_are_one_warning() -> None:
 @pytest.mark.parametrize(("leaf", "is_copied"), [("conv1d", True), ("conv3d", True), ("conv4d", False)])
 def test_a_digit_inside_a_word_counts_for_its_role(leaf: str, is_copied: bool) -> None:  # noqa: FBT001 - a parameter
     names = ("conv4d.weight", f"model.layers.10.{leaf}.weight", "a.weight")
-    plan = build_plan(checkpoint_of([{name: ("BF16", (64, 64)) for name in names}]), uniform("FP8_DYNAMIC"))
+    plan = build_plan(checkpoint_of([dict.fromkeys(names, ("BF16", (64, 64)))]), uniform("FP8_DYNAMIC"))
     actions = {tensor.spec.name: tensor.action for tensor in plan.shards[0].tensors}
     assert (actions[f"model.layers.10.{leaf}.weight"] == "copy") is is_copied
     assert actions["conv4d.weight"] == "quantize"

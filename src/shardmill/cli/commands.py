@@ -114,12 +114,8 @@ def _dry_run(locations: Locations, options: Options, console: Console) -> int:
     from shardmill.stages.validate import validate_locations, validate_plan
 
     found = make_plan(locations.open_source(), read_recipe(options))
-    code = _show_plan(
-        found,
-        sorted({*validate_plan(found), *validate_locations(found, locations, locations.open_store())}),
-        options,
-        console,
-    )
+    problems = sorted({*validate_plan(found), *validate_locations(found, locations, locations.open_store())})
+    code = _show_plan(found, problems, options, console)
     console.say("dry run: nothing was written")
     return code
 
