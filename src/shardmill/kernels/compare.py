@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shardmill.core.statistics import Statistics
-from shardmill.kernels.reference import from_buffer
+from shardmill.kernels.reference import from_buffer, sum_of_squares
 
 _MX_NAN: Final = 255
 
@@ -66,10 +66,6 @@ def compare(weight: Tensor, restored: Tensor) -> Statistics:
     exact = weight.to(torch.float32)
     return Statistics(
         count=weight.numel(),
-        squared_error=_squared_norm(exact - restored.to(torch.float32)),
-        squared_weight=_squared_norm(exact),
+        squared_error=float(sum_of_squares(exact - restored.to(torch.float32))),
+        squared_weight=float(sum_of_squares(exact)),
     )
-
-
-def _squared_norm(values: Tensor) -> float:
-    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2

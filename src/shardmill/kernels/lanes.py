@@ -31,7 +31,11 @@ KERNELS_VARIABLE: Final = "SHARDMILL_KERNELS"
 CPU_BLOCK_BYTES: Final = 4 << 20
 """Source bytes of a row block on the CPU: what is read, hashed, quantized and written stays in the caches."""
 DEVICE_BLOCK_BYTES: Final = 32 << 20
-"""The same on an accelerator, which needs more to be busy."""
+"""The same on an accelerator, which needs more to be busy.
+
+`reference.encode` of a 16-bit block holds up to four times the block in device memory, rows included, and up to six
+times for 4-bit floats. So a device needs room for lanes x block x 6: three lanes of 32 MiB take 576 MiB at most.
+"""
 _LEAST_BLOCK_BYTES: Final = 1 << 20
 _QPARAMS: Final = ("weight_scale", "weight_zero_point")
 _KEPT_BYTES: Final = 64 << 20

@@ -8,6 +8,10 @@ from `float32(weight) / float32(stored scale)`. Every operation is a single IEEE
 the device of the dividend, because torch turns a division by a Python number on CUDA into a multiplication by its
 reciprocal. So bytes depend neither on the device nor on how a weight is cut into row blocks.
 
+Every operation on a row block is a pass over the memory of the device, which is what its time depends on. So `encode`
+makes few, most of them in place: besides the rows and their codes it holds one float32 number an element, and for
+4-bit floats an index. Nothing waits for the device before the statistics are asked for, in one transfer.
+
 Symbols: a row block is `[R, K]`. Its scales form a grid `[Rb, Cb]`, one for each tile of `(br, bc)` elements:
 
     strategy               tile            grid
@@ -21,7 +25,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import gcd
+from functools import cache
+from math import gcd, inf, isfinite
 from typing import Final
 
 import torch
@@ -57,7 +62,9 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
 E2M1_VALUES: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitude of the 4-bit floats by the low three bits of their code; bit 3 is the sign."""
 _E2M1_STEPS: Final = ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False))
-"""Midpoints between neighbours, and whether the midpoint itself goes up: to the even code."""
+"""Midpoints between neighbours, and whether the midpoint itself goes away from zero: to the even code."""
+_E2M1_ORDER: Final = (*range(15, 7, -1), *range(8))
+"""Codes in the order of their values, from -6 over both zeros to 6."""
 _MX_EXPONENT_OFFSET: Final = {4: 2, 8: 8}
 """floor(log2(largest value)) of E2M1 and E4M3."""
 _MX_CARRY: Final = 1 << 21
@@ -65,6 +72,10 @@ _MX_CARRY: Final = 1 << 21
 _NVFP4_EPS: Final = 0.125
 """Local scale of a group whose own scale underflows, as in compressed-tensors."""
 _WORD_BITS: Final = 32
+_CONTAINERS: Final = {8: torch.uint8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
+"""Dtypes that hold a number of bits."""
+_SUMMED_TOGETHER: Final = 1 << 16
+"""Elements whose squares are summed at a time; on a CPU their float64 copies fit its caches."""
 _FP4_BITS: Final = 4
 _PACKED: Final = "pack-quantized"
 _FP4_FORMATS: Final = frozenset({"nvfp4-pack-quantized", "mxfp4-pack-quantized"})
@@ -127,9 +138,14 @@ def global_scale(extent: Extent, device: str | torch.device = "cpu") -> Tensor:
     >>> global_scale(Extent(high=1.75)).item()
     1536.0001220703125
     """
-    amax = torch.tensor([extent.amax], dtype=torch.float32).clamp(min=torch.finfo(torch.float32).tiny)
+    amax = _as_float32(extent.amax, torch.device(device)).clamp_(min=torch.finfo(torch.float32).tiny)
     scale = (torch.ones_like(amax) / amax) * 2688.0
-    return torch.where(scale.isfinite(), scale, torch.ones_like(scale)).to(device)
+    return scale.masked_fill_(~scale.isfinite(), 1.0)
+
+
+def _as_float32(value: float, device: torch.device) -> Tensor:
+    """Round a number to float32 [1] on the device, to which nothing is copied."""
+    return torch.full((1,), value, dtype=torch.float64, device=device).to(torch.float32)
 
 
 def to_e2m1(values: Tensor) -> Tensor:
@@ -141,14 +157,50 @@ def to_e2m1(values: Tensor) -> Tensor:
     >>> to_e2m1(torch.tensor([0.25, 0.75, 5.0, 5.1, -0.1, -0.0, -9.0])).tolist()
     [0, 2, 6, 7, 8, 0, 15]
     """
-    magnitude = values.abs()
-    codes = (values < 0).to(torch.uint8) << 3
-    for midpoint, tie_goes_up in _E2M1_STEPS:
-        codes += magnitude >= midpoint if tie_goes_up else magnitude > midpoint
-    return codes
+    tables = _e2m1_tables(values.device)
+    return torch.index_select(tables.codes, 0, _e2m1_ranks(values, tables)).view(values.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _E2m1Tables:
+    """The 4-bit floats in the order of their values; the position there is their rank, 0..15."""
+
+    bounds: Tensor
+    """Largest float32 number of each rank but the last; `[15]`."""
+    codes: Tensor
+    """uint8 [16]."""
+    values: Tensor
+    """float32 [16]."""
+
+
+@cache  # one copy to each device, and not a wait for it in every row block
+def _e2m1_tables(device: torch.device) -> _E2m1Tables:
+    below, above = [], []
+    for midpoint, tie_goes_out in _E2M1_STEPS:
+        # the neighbours of the midpoint as float32
+        inner, outer = (_next_float32(midpoint, towards) for towards in (0.0, inf))
+        above.append(inner if tie_goes_out else midpoint)
+        below.append(-midpoint if tie_goes_out else -outer)
+    bounds = [*reversed(below), _next_float32(0.0, -inf), *above]
+    values = [E2M1_VALUES[code & 7] * (-1 if code & 8 else 1) for code in _E2M1_ORDER]
+    return _E2m1Tables(
+        bounds=torch.tensor(bounds, dtype=torch.float32, device=device),
+        codes=torch.tensor(_E2M1_ORDER, dtype=torch.uint8, device=device),
+        values=torch.tensor(values, dtype=torch.float32, device=device),
+    )
+
+
+def _next_float32(value: float, towards: float) -> float:
+    return float(torch.nextafter(torch.tensor(value), torch.tensor(towards)))
+
+
+def _e2m1_ranks(values: Tensor, tables: _E2m1Tables) -> Tensor:
+    """Return the ranks of the nearest 4-bit floats: int32, one dimension."""
+    return torch.bucketize(values.flatten(), tables.bounds, out_int32=True)
 
 
 def _code_values(codes: Tensor) -> Tensor:
+    """Return what codes stand for, in units of the step: float32, in memory of its own."""
     if codes.dtype != torch.uint8:
         return codes.to(torch.float32)
     table = torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)], dtype=torch.float32, device=codes.device)
@@ -156,12 +208,26 @@ def _code_values(codes: Tensor) -> Tensor:
 
 
 def _round_codes(quotient: Tensor, args: WeightArgs) -> Tensor:
-    """Clamp, then round to the nearest code, ties to even: int8, float8 or the uint8 code of a 4-bit float."""
-    low, high = args.code_range
-    bounded = quotient.clamp(low, high)
+    """Clamp, then round to the nearest code, ties to even: int8, float8 or the uint8 code of a 4-bit float.
+
+    `quotient` becomes the values of the codes.
+    """
+    if args.type == "float" and args.num_bits == _FP4_BITS:
+        return _round_e2m1(quotient)
+    quotient.clamp_(*args.code_range)
     if args.type == "int":
-        return bounded.round_().to(torch.int8)
-    return to_e2m1(bounded) if args.num_bits == _FP4_BITS else bounded.to(torch.float8_e4m3fn)
+        return quotient.round_().to(torch.int8)
+    codes = quotient.to(torch.float8_e4m3fn)
+    quotient.copy_(codes)
+    return codes
+
+
+def _round_e2m1(quotient: Tensor) -> Tensor:
+    """As `_round_codes`; ranks saturate, so nothing is clamped."""
+    tables = _e2m1_tables(quotient.device)
+    ranks = _e2m1_ranks(quotient, tables)
+    torch.index_select(tables.values, 0, ranks, out=quotient.view(-1))
+    return torch.index_select(tables.codes, 0, ranks).view(quotient.shape)
 
 
 def _bit_fields(bits: int) -> tuple[int, int, list[tuple[int, int]]]:
@@ -179,16 +245,23 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     >>> [hex(word) for word in pack_bits(torch.arange(-8, 0, dtype=torch.int8)[None], 4)[0].tolist()]
     ['0x76543210']
     """
-    period, words, places = _bit_fields(bits)
     width = -(-codes.shape[1] * bits // _WORD_BITS)
-    unsigned = pad(codes.to(torch.int32) + (1 << (bits - 1)), (0, -codes.shape[1] % period))
-    unsigned = unsigned.reshape(len(codes), -1, period)
-    packed = torch.zeros((*unsigned.shape[:2], words), dtype=torch.int32, device=codes.device)
-    for code, (word, shift) in enumerate(places):
-        packed[..., word] |= unsigned[..., code] << shift
-        if shift + bits > _WORD_BITS:
-            packed[..., word + 1] |= unsigned[..., code] >> (_WORD_BITS - shift)
-    return packed.flatten(1)[:, :width].contiguous()
+    fields = codes.contiguous().view(torch.uint8) + (1 << (bits - 1))  # modulo 256, so without a sign
+    period, _, _ = _bit_fields(bits)
+    if fields.shape[1] % period:
+        fields = pad(fields, (0, -fields.shape[1] % period))
+    size = bits
+    while size % 8:
+        fields, size = _join_pairs(fields, size), 2 * size
+    octets = fields.view(torch.uint8).view(len(codes), -1, fields.element_size())[..., : size // 8]
+    return octets.flatten(1).view(torch.int32)[:, :width].contiguous()
+
+
+def _join_pairs(fields: Tensor, size: int) -> Tensor:
+    """Join neighbours, even column low: fields of `size` bits [R, K] -> fields of twice that [R, K / 2]."""
+    dtype = _CONTAINERS[max(8, 1 << (2 * size - 1).bit_length())]
+    pairs = fields.reshape(len(fields), -1, 2)
+    return (pairs[..., 1].to(dtype) << size).bitwise_or_(pairs[..., 0])
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -210,8 +283,7 @@ def pack_nibbles(codes: Tensor) -> Tensor:
     >>> [hex(byte) for byte in pack_nibbles(to_e2m1(torch.tensor([[0.5, -6.0]])))[0].tolist()]
     ['0xf1']
     """
-    pairs = codes.reshape(len(codes), -1, 2)
-    return pairs[..., 0] | pairs[..., 1] << 4
+    return _join_pairs(codes, _FP4_BITS)
 
 
 def unpack_nibbles(packed: Tensor) -> Tensor:
@@ -267,14 +339,19 @@ def mx_exponents(amax: Tensor, num_bits: int) -> Tensor:
     return (exponent - _MX_EXPONENT_OFFSET[num_bits]).clamp(min=0).to(torch.uint8)
 
 
+def _divided(dividend: Tensor, divisor: float) -> Tensor:
+    """Divide by a number as by a tensor on the device of the dividend; see the module's promise."""
+    return dividend / dividend.new_full((1,), divisor)
+
+
 def _or_eps(scale: Tensor, eps: float) -> Tensor:
-    """Replace scales that are 0, of groups of zeros or of values too small for the dtype."""
-    return torch.where(scale == 0, torch.full_like(scale, eps), scale)
+    """Replace scales that are 0, of groups of zeros or of values too small for the dtype; in place."""
+    return scale.masked_fill_(scale == 0, eps)
 
 
 def _symmetric(amax: Tensor, args: WeightArgs, dtype: torch.dtype) -> _Qparams:
     """Compute `scale = amax / code_max`, rounded once."""
-    scale = (amax / torch.full_like(amax, args.code_max)).to(dtype)
+    scale = _divided(amax, args.code_max).to(dtype)
     return _Qparams(scale=_or_eps(scale, torch.finfo(dtype).eps))
 
 
@@ -285,9 +362,9 @@ def _asymmetric(low: Tensor, high: Tensor, args: WeightArgs, dtype: torch.dtype)
     """
     first, last = args.code_range
     span = high - low
-    exact = span / torch.full_like(span, 2 * args.code_max)
+    exact = _divided(span, 2 * args.code_max)
     # high - low may exceed float32 although the scale does not; halves are exact at such magnitudes
-    halved = (high * 0.5 - low * 0.5) / torch.full_like(span, args.code_max)
+    halved = _divided(high * 0.5 - low * 0.5, args.code_max)
     exact = torch.where(span.isinf(), halved, exact)
     scale = exact.to(dtype)
     zero_point = (first - low / exact).clamp(first, last).round_()
@@ -297,15 +374,15 @@ def _asymmetric(low: Tensor, high: Tensor, args: WeightArgs, dtype: torch.dtype)
 
 def _nvfp4(amax: Tensor, args: WeightArgs, shared: Tensor) -> _Qparams:
     """Compute local scales `e4m3(global_scale * (amax / 6))`."""
-    local = (shared * (amax / torch.full_like(amax, args.code_max))).clamp(max=torch.finfo(torch.float8_e4m3fn).max)
-    rounded = local.to(torch.float8_e4m3fn).to(torch.float32)
+    local = _divided(amax, args.code_max).mul_(shared).clamp_(max=torch.finfo(torch.float8_e4m3fn).max)
+    rounded = local.copy_(local.to(torch.float8_e4m3fn))
     return _Qparams(scale=_or_eps(rounded, _NVFP4_EPS).to(torch.float8_e4m3fn), global_scale=shared)
 
 
 def _choose_qparams(low: Tensor, high: Tensor, args: WeightArgs, scale_dtype: str, whole: Extent | None) -> _Qparams:
     if args.strategy == "tensor":
         extent = _given(whole, args)
-        low, high = torch.tensor([extent.low, extent.high], dtype=torch.float32, device=low.device).view(2, 1, 1)
+        low, high = (_as_float32(bound, low.device)[None] for bound in (extent.low, extent.high))
     amax = torch.maximum(high, -low)
     if args.is_mx:
         return _Qparams(scale=mx_exponents(amax, args.num_bits))
@@ -331,7 +408,7 @@ class Encoded:
     is contiguous, on the device of the rows, and has the dtype in which it is stored."""
     statistics: Statistics
     finite: Tensor
-    """Whether every weight was finite as float32; bool, no dimensions. If not, the codes are unspecified."""
+    """Whether every weight was finite as float32; bool on the CPU, no dimensions. If not, codes are unspecified."""
 
 
 def _tile_size(args: WeightArgs, shape: tuple[int, int]) -> tuple[int, int]:
@@ -343,11 +420,11 @@ def _tile_size(args: WeightArgs, shape: tuple[int, int]) -> tuple[int, int]:
 
 
 def _to_tiles(matrix: Tensor, args: WeightArgs) -> Tensor:
-    """[R, K] -> [Rb, br, Cb, bc], ragged edges filled with zeros."""
+    """[R, K] -> [Rb, br, Cb, bc], contiguous, ragged edges filled with zeros."""
     rows, cols = matrix.shape
     height, width = _tile_size(args, (rows, cols))
     filled = pad(matrix, (0, -cols % width, 0, -rows % height)) if rows % height or cols % width else matrix
-    return filled.reshape(-(-rows // height), height, -1, width)
+    return filled.contiguous().view(-(-rows // height), height, -1, width)
 
 
 def _from_tiles(tiles: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -356,8 +433,11 @@ def _from_tiles(tiles: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def _extremes(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """Return lowest and highest value of each tile, zero included; each [Rb, Cb]."""
-    return tiles.amin((1, 3)).clamp_(max=0), tiles.amax((1, 3)).clamp_(min=0)
+    """Return lowest and highest value of each tile, zero included; each float32 [Rb, Cb]."""
+    low, high = torch.aminmax(tiles, dim=3)
+    if tiles.shape[1] > 1:
+        low, high = low.amin(1, keepdim=True), high.amax(1, keepdim=True)
+    return low.squeeze(1).to(torch.float32).clamp_(max=0), high.squeeze(1).to(torch.float32).clamp_(min=0)
 
 
 def encode(
@@ -385,21 +465,28 @@ def encode(
     Raises:
         ValueError: `whole` is missing.
     """
-    tiles = _to_tiles(rows.to(torch.float32), args)
-    low, high = _extremes(tiles)
-    qparams = _choose_qparams(low, high, args, scale_dtype, whole)
+    # every operation widens 16-bit floats as it reads them, so they need no copy
+    tiles = _to_tiles(rows.to(torch.float32) if rows.dtype == torch.float64 else rows, args)
+    extremes = _extremes(tiles)
+    qparams = _choose_qparams(*extremes, args, scale_dtype, whole)
+    codes, found = _encode_tiles(tiles, qparams, args)
+    codes = _from_tiles(codes, (rows.shape[0], rows.shape[1]))
+    tensors = _stored_codes(codes, args, format) | _stored_qparams(qparams, args, format)
+    statistics = _statistics(rows.numel(), found, tiles, extremes, qparams, args)
+    return Encoded(tensors=tensors, statistics=statistics, finite=torch.tensor(isfinite(statistics.amax)))
+
+
+def _encode_tiles(tiles: Tensor, qparams: _Qparams, args: WeightArgs) -> tuple[Tensor, list[Tensor]]:
+    """Return codes [Rb, br, Cb, bc] and what `_compare` finds about them."""
+    values = _quotients(tiles, qparams)
+    codes = _round_codes(values, args)
+    return codes, _compare(tiles, _dequantize(values, qparams))
+
+
+def _quotients(tiles: Tensor, qparams: _Qparams) -> Tensor:
+    """Compute `tile / step + zero_point` as float32."""
     quotient = tiles / qparams.step
-    if qparams.offset is not None:
-        quotient += qparams.offset
-    codes = _round_codes(quotient, args)
-    amax = torch.maximum(high, -low).amax()
-    dequantized = _dequantize(_code_values(codes), qparams)
-    tensors = _stored_codes(_from_tiles(codes, (rows.shape[0], rows.shape[1])), args, format)
-    return Encoded(
-        tensors=tensors | _stored_qparams(qparams, args, format),
-        statistics=_statistics(rows.numel(), amax, tiles, dequantized, _is_clipped(quotient, args)),
-        finite=torch.isfinite(amax),
-    )
+    return quotient if qparams.offset is None else quotient.add_(qparams.offset)
 
 
 def _stored_codes(codes: Tensor, args: WeightArgs, format: str) -> dict[str, Tensor]:  # noqa: A002 - as in encode
@@ -424,9 +511,8 @@ def _packs_zero_points(args: WeightArgs, format: str) -> bool:  # noqa: A002 - a
 
 
 def _dequantize(values: Tensor, qparams: _Qparams) -> Tensor:
-    """Compute `(value - zero_point) * step` as float32; values [Rb, br, Cb, bc] of codes."""
-    offset = qparams.offset
-    return (values if offset is None else values - offset) * qparams.step
+    """Compute `(value - zero_point) * step` in place; values of codes, float32 [Rb, br, Cb, bc]."""
+    return (values if qparams.offset is None else values.sub_(qparams.offset)).mul_(qparams.step)
 
 
 def decode(
@@ -486,27 +572,64 @@ def _is_clipped(quotient: Tensor, args: WeightArgs) -> Tensor:
     return (quotient < low) | (quotient > high)
 
 
-def _squared_norm(values: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
-    return norm.square()
+def _compare(tiles: Tensor, dequantized: Tensor) -> list[Tensor]:
+    """Find squared error, squared weight, largest error, and how many elements are not zero before and after.
+
+    Both [Rb, br, Cb, bc]; `dequantized` becomes the error. Zeros that fill an edge dequantize to zero.
+    """
+    nonzero, left = _count_nonzero(tiles), _count_nonzero(dequantized)
+    error = dequantized.sub_(tiles)
+    low, high = torch.aminmax(error)
+    return [sum_of_squares(error), sum_of_squares(tiles), torch.maximum(high, -low), nonzero, left]
 
 
-def _statistics(count: int, amax: Tensor, tiles: Tensor, dequantized: Tensor, clipped: Tensor) -> Statistics:
-    """Compare weights with what is left of them; all [Rb, br, Cb, bc]. Zeros that fill an edge dequantize to zero."""
-    nonzero = tiles != 0
-    zeroed = nonzero & (dequantized == 0)
-    error = tiles - dequantized
-    found = [_squared_norm(error), _squared_norm(tiles), error.abs().amax(), amax]
-    found += [mask.sum() for mask in (clipped, zeroed, nonzero)]
-    # one transfer for all of them: each would wait for the device
-    numbers = torch.stack([number.to(torch.float64) for number in found]).tolist()
+def sum_of_squares(values: Tensor) -> Tensor:
+    """Sum the squares of float numbers of any shape: float64, no dimensions.
+
+    By norms, since they widen numbers as they read them; a sum in float64 would copy them first.
+
+    >>> sum_of_squares(torch.tensor([[3.0, 4.0]])).item()
+    25.0
+    """
+    parts = values.reshape(-1).split(_SUMMED_TOGETHER)
+    norms: tuple[Tensor, ...] = torch._foreach_norm(parts, 2, torch.float64)  # noqa: SLF001 - no other name
+    return torch.stack(norms).square_().sum()
+
+
+def _count_nonzero(values: Tensor) -> Tensor:
+    """Count by 0-norms of rows, which need no mask; exact for rows of up to `2**24` elements."""
+    rows = values.flatten(2).flatten(0, 1)
+    counts: Tensor = torch.linalg.vector_norm(rows, 0, dim=1, dtype=torch.float32)
+    return counts.sum(dtype=torch.float64)
+
+
+def _statistics(
+    count: int,
+    found: list[Tensor],
+    tiles: Tensor,
+    extremes: tuple[Tensor, Tensor],
+    qparams: _Qparams,
+    args: WeightArgs,
+) -> Statistics:
+    """Fetch what `_compare` found, in one transfer.
+
+    Zeros stay zeros, so what is zeroed is the difference of two counts. A quotient grows with its element, so a tile
+    has clipped elements only if one of its `extremes` is one: hardly ever, and only then they are counted.
+    """
+    low, high = extremes
+    outermost = torch.stack([_quotients(_spread(bound), qparams) for bound in extremes])
+    numbers = [*found, torch.maximum(high, -low).amax(), _is_clipped(outermost, args).any()]
+    fetched = torch.stack([number.to(torch.float64) for number in numbers]).tolist()
+    squared_error, squared_weight, max_error, nonzero, left, amax, has_clipped = fetched
     return Statistics(
         count=count,
-        squared_error=numbers[0],
-        squared_weight=numbers[1],
-        max_error=numbers[2],
-        amax=numbers[3],
-        clipped=int(numbers[4]),
-        zeroed=int(numbers[5]),
-        nonzero=int(numbers[6]),
+        squared_error=squared_error,
+        squared_weight=squared_weight,
+        max_error=max_error,
+        amax=amax,
+        clipped=int(_count_nonzero(_is_clipped(_quotients(tiles, qparams), args).to(torch.bfloat16)))
+        if has_clipped
+        else 0,
+        zeroed=int(nonzero - left),
+        nonzero=int(nonzero),
     )
