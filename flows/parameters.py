@@ -94,7 +94,8 @@ class QuantizeRequest(BaseModel):
         default=0,
         ge=0,
         le=256,
-        description="Shards in work at a time on the CPU; 0 for one per core. Bytes do not depend on it.",
+        description="Shards in work at a time on the CPU, whose cores share their row blocks; 0 chooses. "
+        "Bytes do not depend on it.",
     )
     verify: Literal["fast", "full"] = Field(
         default="fast",

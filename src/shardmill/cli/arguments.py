@@ -160,7 +160,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how the run works; none of it changes bytes")
     _add_store_location(group.add_argument, "folder with finished shards (default: .shardmill beside DST)")
     group.add_argument("--device", default="auto", help="auto, cpu, or a list such as cuda:0,cuda:1 (default: auto)")
-    group.add_argument("--workers", type=_positive, default=0, metavar="N", help="shards in work at a time, on the CPU")
+    shards = "shards in work at a time on the CPU, whose cores share their row blocks (default: by cores)"
+    group.add_argument("--workers", type=_positive, default=0, metavar="N", help=shards)
     group.add_argument(
         "--search", choices=("none", "mse"), default="none", help="how scales are chosen (default: none)"
     )

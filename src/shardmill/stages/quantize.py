@@ -175,6 +175,8 @@ def _compute(sources: _Sources, store: Store, controls: Controls) -> Receipt:
     layout = shard.layout()
     header = layout.header()
     with controls.devices.lend() as device:
+        if controls.should_stop():
+            raise _interrupted()
         if needs_torch(shard, device):
             limit_threads(controls.devices.devices)
         _open_unchanged(sources)
