@@ -262,55 +262,21 @@ def test_without_first_passes_every_byte_is_read_once_and_in_order(
     assert len(source.reads) > 12
 
 
-def fused_sets() -> tuple[ShardPlan, Source]:
-    """Two layers of q, k and v with a global scale each, of two row blocks each."""
+def test_a_fused_set_is_read_at_most_twice_and_measured_right_before_it_is_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     table: Table = {
         f"model.layers.{n}.self_attn.{leaf}_proj.weight": ("BF16", (64, 64)) for n in "01" for leaf in "qkv"
     }
     (shard,) = plans([table], [{"scheme": "NVFP4A16"}])
-    return shard, Source((shard,))
-
-
-def test_a_fused_set_without_room_is_read_twice_and_measured_right_before_it_is_needed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    shard, source = fused_sets()
-    crew = new_crew()
-    crew.kept = Window(0)
-    by_hand(monkeypatch, crew)
+    source = Source((shard,))
+    by_hand(monkeypatch, new_crew())
     encoded(shard, source)
     begins = [(offset - shard.data_start) // (64 * 64 * 2) for _, offset, _ in source.reads]
     first, second = ([0, 0, 1, 1, 2, 2], [3, 3, 4, 4, 5, 5])
     assert (sorted(begins[:6]), begins[6:12]) == (first, first)
     assert (sorted(begins[12:18]), begins[18:]) == (second, second)
     assert sum(length for *_, length in source.reads) == 2 * (shard.size - shard.data_start)
-
-
-@pytest.mark.parametrize("room", [0, 9000, 1 << 20])
-@pytest.mark.parametrize("threads", [1, 4])
-def test_what_is_kept_is_read_once_and_given_back(monkeypatch: pytest.MonkeyPatch, threads: int, room: int) -> None:
-    shard, source = fused_sets()
-    crew = new_crew(threads)
-    crew.kept = watched = Watched(room)
-    by_hand(monkeypatch, crew)
-    assert encoded(shard, source) == oracle(shard, source)
-    size, read = shard.size - shard.data_start, sum(length for *_, length in source.reads)
-    assert size <= read <= 2 * size
-    if threads == 1 and room > size:
-        assert read == size
-    assert (watched.peak <= room, watched._booked) == (True, 0)
-    assert (watched.peak > 0) is (room > 0)
-
-
-def test_what_is_kept_is_given_back_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    shard, source = fused_sets()
-    crew = new_crew(3)
-    by_hand(monkeypatch, crew)
-    calls = iter(range(9))
-    with pytest.raises(Interrupted):
-        encode_shard(shard, source.read, lambda _data: None, should_stop=lambda: next(calls, 9) > 7)
-    assert crew.kept._booked == 0
-    assert encoded(shard, source) == oracle(shard, source)
 
 
 # Memory
@@ -325,12 +291,7 @@ class Watched(Window):
         self.bookings = 0
 
     def book(self, nbytes: int, is_over: Callable[[], bool]) -> bool:
-        return self.note(super().book(nbytes, is_over))
-
-    def book_now(self, nbytes: int) -> bool:
-        return self.note(super().book_now(nbytes))
-
-    def note(self, found: bool) -> bool:  # noqa: FBT001 - passed through
+        found = super().book(nbytes, is_over)
         with self._changed:
             self.peak = max(self.peak, self._booked)
             self.bookings += 1

@@ -383,7 +383,7 @@ def test_a_cold_shard_with_global_scales_is_read_at_most_twice(tmp_path: Path, l
         outcome = quantize_shard(shard, source, store, CONTROLS)
     # o_proj stands between k_proj and q_proj, which are measured first: the digest takes it in before its turn.
     between = sum(t.spec.nbytes for t in shard.tensors if "o_proj" in t.spec.name)
-    assert shard.size <= outcome.bytes_read <= 2 * shard.size + between
+    assert shard.size < outcome.bytes_read <= 2 * shard.size + between
     assert outcome.sources == ((shard.name, digest_of(source.path(shard.name))),)
 
 

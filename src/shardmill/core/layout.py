@@ -93,10 +93,10 @@ def row_alignment(args: WeightArgs) -> int:
     return lcm(WORD_BITS, args.block_structure[0] if args.block_structure else 1)
 
 
-def rows_per_block(row_bytes: int, args: WeightArgs, block_bytes: int) -> int:
+def rows_per_block(unit: Unit, args: WeightArgs, block_bytes: int) -> int:
     """Rows of one row block: about `block_bytes` of source, a multiple of `row_alignment`."""
     step = row_alignment(args)
-    return max(step, block_bytes // max(1, row_bytes) // step * step)
+    return max(step, block_bytes // max(1, unit.row_bytes) // step * step)
 
 
 def scale_shape(args: WeightArgs, rows: int, cols: int) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -23,8 +23,6 @@ DEVICE_LANES: Final = 3
 _WINDOW_BLOCKS: Final = 3
 """Row blocks, in staging memory and as codes, that a thread may have in hand on average."""
 _LEAST_WINDOW: Final = 64 << 20
-KEPT_BYTES: Final = 256 << 20
-"""What a crew keeps in memory of weights that are measured and wait to be quantized; more is read a second time."""
 _WAKE_SECONDS: Final = 0.5
 """A thread that waits without end hears no signal."""
 
@@ -68,13 +66,6 @@ class Window:
             self._booked += nbytes
             return True
 
-    def book_now(self, nbytes: int) -> bool:
-        """Take room if there is some."""
-        with self._changed:
-            has_room = self._booked + nbytes <= self._limit
-            self._booked += nbytes if has_room else 0
-            return has_room
-
     def give_back(self, nbytes: int) -> None:
         """Free what was booked."""
         with self._changed:
@@ -88,32 +79,24 @@ class Crew:
     def __init__(self, threads: int, block: BlockSize, new_lane: Callable[[], Lane]) -> None:
         self.block = block
         self.window = Window(max(_LEAST_WINDOW, threads * _WINDOW_BLOCKS * 2 * block.nbytes))
-        self.kept = Window(KEPT_BYTES)
         self._size = threads
         self._new_lane = new_lane
         self._lanes: deque[Lane] = deque()
-        self._spare: deque[Lane] = deque()
-        """Lanes that kept something; no more than `kept` had room for at a time."""
         self._shifts: list[_Shift] = []
         self._changed = threading.Condition()
         self._started = 0
 
     def take_lane(self) -> Lane:
         """A lane that nobody uses; give it back when what it encoded is written."""
-        for lanes in (self._lanes, self._spare):
-            with suppress(IndexError):
-                return lanes.pop()
-        return self._new_lane()
+        try:
+            return self._lanes.pop()
+        except IndexError:
+            return self._new_lane()
 
     def give_lane(self, lane: Lane) -> None:
         """Let others use a lane; dropped where as many as can be busy are free, because the memory of each is kept."""
         if len(self._lanes) < self._size * _WINDOW_BLOCKS:
             self._lanes.append(lane)
-
-    def give_kept(self, lane: Lane, nbytes: int) -> None:
-        """Let others use a lane that kept `nbytes`, and their room."""
-        self.kept.give_back(nbytes)
-        self._spare.append(lane)
 
     def work_on(self, job: Job) -> None:
         """Do all of a job.

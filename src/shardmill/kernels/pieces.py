@@ -16,7 +16,7 @@ from shardmill.core.dtypes import BITS
 from shardmill.core.header import TensorSpec
 from shardmill.core.layout import Unit, rows_per_block
 from shardmill.core.plan import ShardPlan, TensorRef
-from shardmill.core.scheme import Scheme, WeightArgs
+from shardmill.core.scheme import Scheme
 from shardmill.core.statistics import Extent
 from shardmill.errors import NonFiniteWeight, Problem
 from shardmill.kernels.lanes import BlockSize, EncodedBlock, Lane, gather
@@ -58,8 +58,6 @@ class Measure:
     first: int
     """Number of the first row in the tensor."""
     shape: tuple[int, ...]
-    is_quantized: bool
-    """Whether the same rows are a row block of this shard, so that they are worth keeping."""
 
     @property
     def held_bytes(self) -> int:
@@ -153,7 +151,7 @@ class Slab:
         if scheme.weights.strategy == "tensor":
             every = gather_rows(data, unit, 0, unit.rows)
             whole = _measure(lane, every, (unit.rows, unit.cols), self.span.shard, unit.tensor, 0)
-        step = rows_per_block(unit.row_bytes, scheme.weights, block.nbytes)
+        step = rows_per_block(unit, scheme.weights, block.nbytes)
         for first in range(0, unit.rows, step):
             count = min(step, unit.rows - first)
             rows, shape = gather_rows(data, unit, first, count), (count, unit.cols)
@@ -195,8 +193,7 @@ def cut(shard: ShardPlan, units: Sequence[Unit], block: BlockSize) -> Iterator[P
                 if key not in measured:
                     measured.add(key)
                     for ref in refs:
-                        is_quantized = ref.shard == shard.name and len(unit.tensor.shape) == len(ref.spec.shape)
-                        yield from _measures(key, ref, unit.scheme.weights, block, is_quantized=is_quantized)
+                        yield from _measures(key, ref, block)
             yield from _encodes(shard, number, unit, unit.scheme, key, block)
 
 
@@ -237,15 +234,14 @@ def _extent_of(
     return f"{begin}:{whole.end}", (TensorRef(shard.name, shard.data_start, whole),)
 
 
-def _measures(key: str, ref: TensorRef, args: WeightArgs, block: BlockSize, *, is_quantized: bool) -> Iterator[Measure]:
-    """Cut a tensor as it will be cut to be quantized, so that what is read for the first may serve the second."""
+def _measures(key: str, ref: TensorRef, block: BlockSize) -> Iterator[Measure]:
     spec = ref.spec
     row_bytes = spec.nbytes // spec.shape[0]
-    step = rows_per_block(row_bytes, args, block.nbytes)
+    step = max(1, block.nbytes // max(1, row_bytes))
     for first in range(0, spec.shape[0], step):
         count = min(step, spec.shape[0] - first)
         span = Span(ref.shard, ref.data_start + spec.begin + first * row_bytes, count * row_bytes)
-        yield Measure(span, key, spec, first, (count, *spec.shape[1:]), is_quantized)
+        yield Measure(span, key, spec, first, (count, *spec.shape[1:]))
 
 
 def _encodes(
@@ -253,7 +249,7 @@ def _encodes(
 ) -> Iterator[Encode]:
     first = 0
     while first < unit.rows:
-        count = min(rows_per_block(unit.row_bytes, scheme.weights, block.nbytes), unit.rows - first)
+        count = min(rows_per_block(unit, scheme.weights, block.nbytes), unit.rows - first)
         begin = shard.data_start + unit.begin + (unit.first + first) * unit.row_bytes
         span = Span(shard.name, begin, count * unit.row_bytes)
         yield Encode(span, number, first + count == unit.rows, unit, scheme, first, count, key)

@@ -25,7 +25,7 @@ from shardmill.core.statistics import Extent, Statistics
 from shardmill.errors import Interrupted, NonFiniteWeight
 from shardmill.kernels.crew import Crew, crew_of
 from shardmill.kernels.lanes import EncodedBlock, Lane, needs_torch
-from shardmill.kernels.pieces import Copy, Encode, Measure, Piece, Slab, Span, cut
+from shardmill.kernels.pieces import Copy, Encode, Measure, Piece, Slab, cut
 
 WriteChunk = Callable[[memoryview], None]
 """Appends bytes to the data section of the output shard."""
@@ -214,40 +214,8 @@ class _Result:
     """A piece that is worked on, and what it holds until it is written."""
 
     write: Callable[[], None]
-    lane: Lane | None
+    lane: Lane
     booked: int
-
-
-@dataclass(slots=True)
-class _Kept:
-    """Row blocks that were measured and stay in memory until they are quantized, as far as the crew has room."""
-
-    crew: Crew
-    blocks: dict[Span, tuple[Lane, memoryview]] = field(default_factory=dict)
-
-    def put(self, span: Span, lane: Lane, data: memoryview) -> bool:
-        """Keep a lane with what was read into it; False where there is no room."""
-        if not self.crew.kept.book_now(span.length):
-            return False
-        self.blocks[span] = lane, data
-        return True
-
-    def close(self) -> None:
-        """Give everything back."""
-        while self.blocks:
-            span, (lane, _) = self.blocks.popitem()
-            self.crew.give_kept(lane, span.length)
-
-
-@dataclass(frozen=True, slots=True)
-class _Taken:
-    """A piece and its source bytes."""
-
-    number: int
-    piece: Piece
-    data: memoryview
-    kept: Lane | None
-    """Holds the bytes where they were read before."""
 
 
 @dataclass(slots=True)
@@ -268,13 +236,9 @@ class _Encoding:
     extents: dict[str, Extent] = field(default_factory=dict)
     missing: dict[str, int] = field(default_factory=dict)
     """Pieces that an extent still lacks."""
-    kept: _Kept = field(init=False)
     is_writing: bool = False
     taking: threading.Lock = field(default_factory=threading.Lock)
     changed: threading.Condition = field(default_factory=threading.Condition)
-
-    def __post_init__(self) -> None:
-        self.kept = _Kept(self.crew)
 
     def step(self) -> bool:
         """Take a piece and finish it; False when none was left to take."""
@@ -285,7 +249,10 @@ class _Encoding:
             if taken is None:
                 self.crew.give_lane(lane)
                 return False
-            self._hand_in(taken.number, self._result(taken, lane))
+            number, piece, data = taken
+            with self._booked_until_failure(piece):
+                write = self._work(piece, lane, data)
+            self._hand_in(number, _Result(write, lane, piece.held_bytes))
         except BaseException:
             self._give_up()
             raise
@@ -297,7 +264,7 @@ class _Encoding:
             self.is_over = True
             self.changed.notify_all()
 
-    def _take(self, lane: Lane) -> _Taken | None:
+    def _take(self, lane: Lane) -> tuple[int, Piece, memoryview] | None:
         """The next piece and its source bytes; reading is in order because the lock is held."""
         if self.is_over:
             return None
@@ -310,26 +277,12 @@ class _Encoding:
             if isinstance(piece, Measure):
                 with self.changed:
                     self.missing[piece.key] = self.missing.get(piece.key, 0) + 1
-            found = self.kept.blocks.pop(piece.span, None) if isinstance(piece, Encode) else None
-            kept, data = found or (None, lane.staging(piece.span.length))
-            if kept is None and piece.span.length:
+            data = lane.staging(piece.span.length)
+            if piece.span.length:
                 self.read(piece.span.shard, piece.span.begin, data)
         number = self.taken
         self.taken += 1
-        return _Taken(number, piece, data, kept)
-
-    def _result(self, taken: _Taken, lane: Lane) -> _Result:
-        """Work on a piece; the lane is part of the result, unless it keeps what was read for another piece."""
-        piece, span = taken.piece, taken.piece.span
-        try:
-            with self._booked_until_failure(piece):
-                write = self._work(piece, lane, taken.data)
-        finally:
-            if taken.kept is not None:
-                self.crew.give_kept(taken.kept, span.length)
-        is_wanted = isinstance(piece, Measure) and piece.is_quantized and not self.is_over
-        is_kept = is_wanted and self.kept.put(span, lane, taken.data)
-        return _Result(write, None if is_kept else lane, piece.held_bytes)
+        return number, piece, data
 
     @contextmanager
     def _booked_until_failure(self, piece: Piece) -> Iterator[None]:
@@ -410,15 +363,13 @@ class _Encoding:
 
     def _release(self, result: _Result) -> None:
         self.crew.window.give_back(result.booked)
-        if result.lane is not None:
-            self.crew.give_lane(result.lane)
+        self.crew.give_lane(result.lane)
 
     def close(self) -> None:
         """Give back what pieces hold that were never written."""
         for result in self.waiting.values():
             self._release(result)
         self.waiting.clear()
-        self.kept.close()
 
 
 def _nothing() -> None:

@@ -274,7 +274,7 @@ class _Comparer:
             self._report(unit, unit.module, "shape-differs", message)
             return None
         found = Statistics()
-        step = rows_per_block(unit.row_bytes, scheme.weights, BLOCK_BYTES)
+        step = rows_per_block(unit, scheme.weights, BLOCK_BYTES)
         for first in range(0, unit.rows, step):
             count = min(step, unit.rows - first)
             restored = self._restored(unit, group, first, count)
