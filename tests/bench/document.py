@@ -27,7 +27,8 @@ SPEED: Final = """## Speed
 `shardmill run SRC DST --scheme PRESET --device cpu`, everything else as it comes: a new store each time, digests of
 source and result, error statistics, results flushed to the device. The reference is llm-compressor's
 `model_free_ptq(device="cpu")` with the `max_workers` of the second table: the quicker of those that were tried, which
-are 1, its default, and one per core unless `--reference-workers` says otherwise. It does not flush what it writes, and its ratio is not corrected for that.
+are 1, its default, and one per core unless `--reference-workers` says otherwise. It does not flush what it writes, and
+its ratio is not corrected for that.
 
 *Processing* is the wall time less start-up, which is that of the same command on a checkpoint of a few hundred KB. The
 *copy floor* reads every source byte once and writes as many bytes as the result has, into as many files, preallocated

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import stat
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -379,3 +380,13 @@ def run_all(targets: list[Callable[[], None]]) -> None:
         thread.start()
     for thread in threads:
         thread.join()
+
+
+RAM_DISK = Path("/dev/shm")  # noqa: S108 - where Linux has one
+
+
+@pytest.mark.skipif(not RAM_DISK.is_dir() or os.major(RAM_DISK.stat().st_dev) != 0, reason="no RAM disk here")
+def test_a_ram_disk_is_written_through_the_page_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "_DIRECT_BYTES", BLOCK)
+    with tempfile.TemporaryDirectory(dir=RAM_DISK) as folder, FileWriter(Path(folder), 100 * BLOCK) as writer:
+        assert isinstance(writer._stream, local._Stream)

@@ -278,7 +278,13 @@ class _DirectStream:
 
 
 def _set_direct(fd: int, *, on: bool) -> bool:
-    """Let writes pass the page cache or not; False where that is so already, or cannot be."""
+    """Let writes pass the page cache or not; False where that is so already, cannot be, or gains nothing.
+
+    It gains where a block device takes the bytes. File systems without one, RAM disks and networks among them, have
+    devices of number 0, and either copy the bytes all the same or wait for each write.
+    """
+    if on and not os.major(os.fstat(fd).st_dev):
+        return False
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     wanted = flags | os.O_DIRECT if on else flags & ~os.O_DIRECT
     try:
