@@ -139,9 +139,7 @@ def _quantize(plan: Plan, job: Job, bench: Workbench) -> tuple[ShardOutcome, ...
     progress = artifacts.Progress(plan.source_bytes)
     found: dict[str, ShardOutcome] = {}
     failures: list[tuple[str, BaseException]] = []
-    is_finished = all(stored.values())
-    # one more than devices: while a finished shard waits for its disk, the next is computed
-    workers = job.options.workers or cores() if is_finished else len(bench.controls().devices.devices) + 1
+    workers = job.options.workers or cores() if all(stored.values()) else len(bench.controls().devices.devices)
     with closing(Threads(workers, bench.stop).map_shards(quantize_shard, plan.shards, job=job)) as results:
         for shard, result in results:
             if isinstance(result, ShardOutcome):
