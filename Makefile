@@ -34,7 +34,7 @@ coverage: .venv/stamp  ## branch coverage of the default tests; core must be com
 BENCH ?=
 BENCH_REFERENCE = $(if $(SHARDMILL_REFERENCE_PYTHON)$(filter --skip-reference --render,$(BENCH)),,.venv-reference/stamp)
 
-bench: .venv/stamp-bench $(BENCH_REFERENCE)  ## measure speed and memory beside the reference system; takes hours
+bench: .venv/stamp $(BENCH_REFERENCE)  ## measure speed and memory beside the reference system; takes hours
 	$(BIN)/python tests/bench $(BENCH)
 
 bench-kernels: .venv/stamp  ## measure the kernels alone, on one core
@@ -66,11 +66,7 @@ clean:  ## remove environments, caches and builds
 
 .venv/stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
-	touch $@
-
-.venv/stamp-bench: .venv/stamp
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench,demo,dev]'
 	touch $@
 
 .venv-%/stamp: tests/reference/constraints-%.txt

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -311,7 +310,6 @@ def test_rows_of_another_machine_are_not_shown(tmp_path: Path) -> None:
     assert Archive(tmp_path, {"CPU": "another"}).results().rows["speed"] == ()
 
 
-@pytest.mark.skipif(find_spec("matplotlib") is None, reason="the picture needs the extra `bench`")
 def test_the_picture_has_a_panel_per_question(tmp_path: Path) -> None:
     image = tmp_path / "image.svg"
 
