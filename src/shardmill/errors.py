@@ -8,7 +8,11 @@
     │   └── NonFiniteWeight               NaN or Inf in a tensor that is to be quantized
     ├── SourceChanged                     the source changed between plan and read
     ├── DeviceExhausted                   an accelerator has no room for even the smallest row block
-    ├── StorageFailed (OSError)           a storage operation failed; names operation and path
+    ├── StorageFailed (OSError)           a storage operation failed; names operation and place
+    │   ├── ObjectMissing (FileNotFoundError)   there is no such file
+    │   ├── FileTooLarge                  a file that is read whole is above its limit
+    │   └── StorageUnavailable            it may succeed a little later: connection, server error, timeout
+    │       └── TransferDamaged           bytes do not have the digest that is known of them
     ├── ShardFailures                     some shards failed; the others are in the store
     ├── Interrupted                       stopped on request; finished shards stay in the store
     └── VerificationFailed                `verify` found differences
@@ -96,7 +100,23 @@ class SourceChanged(ShardmillError):
 
 
 class StorageFailed(ShardmillError, OSError):
-    """A storage operation failed; the message names operation and path."""
+    """A storage operation failed; the message names operation and place."""
+
+
+class ObjectMissing(StorageFailed, FileNotFoundError):
+    """There is no such file."""
+
+
+class FileTooLarge(StorageFailed):
+    """A file that has to be read whole is larger than its limit."""
+
+
+class StorageUnavailable(StorageFailed):
+    """The storage does not answer, or with an error that passes; another try may succeed a little later."""
+
+
+class TransferDamaged(StorageUnavailable):
+    """Bytes that were read do not have the digest that is known of them."""
 
 
 class DeviceExhausted(ShardmillError):
