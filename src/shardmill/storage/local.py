@@ -117,68 +117,6 @@ class RangeReader:
             self._ahead = end + _AHEAD_BYTES
 
 
-class _Hashes:
-    """BLAKE3 of a stream of known length, and of its first and last block."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._seen = 0
-        self._whole, self._tail = blake3(), blake3()
-        self._head: Digest | None = None
-
-    def update(self, view: memoryview) -> None:
-        begin, end = self._seen, self._seen + len(view)
-        rest = view
-        if begin < EDGE_BYTES <= end:
-            self._whole.update(view[: EDGE_BYTES - begin])
-            self._head = self._digest()
-            rest = view[EDGE_BYTES - begin :]
-        self._whole.update(rest)
-        if end > self.size - EDGE_BYTES > 0:
-            self._tail.update(view[max(0, self.size - EDGE_BYTES - begin) :])
-        self._seen = end
-
-    def _digest(self) -> Digest:
-        return Digest("blake3", self._whole.hexdigest())
-
-    def result(self) -> BlobDigests:
-        whole = self._digest()
-        tail = Digest("blake3", self._tail.hexdigest()) if self.size > EDGE_BYTES else whole
-        return BlobDigests(whole=whole, head=self._head or whole, tail=tail, size=self._seen)
-
-
-class SourceHash:
-    """BLAKE3 of an open file that is taken along while its parts are read, in whatever order, each byte once."""
-
-    def __init__(self, reader: RangeReader) -> None:
-        self._reader = reader
-        self._hash = blake3()
-        self._seen = 0
-        self._buffer = memoryview(b"")
-
-    def cover(self, offset: int, view: memoryview) -> None:
-        """Take in bytes that were read at an offset; what lies before them and was not read yet is read here."""
-        if offset > self._seen:
-            self._catch_up(offset)
-        if offset <= self._seen < offset + len(view):
-            self._hash.update(view[self._seen - offset :])
-            self._seen = offset + len(view)
-
-    def finish(self) -> Digest:
-        """Digest of the whole file; reads what nobody asked for."""
-        self._catch_up(self._reader.identity.size)
-        return Digest("blake3", self._hash.hexdigest())
-
-    def _catch_up(self, end: int) -> None:
-        if end > self._seen and not self._buffer:
-            self._buffer = memoryview(bytearray(_CHUNK_BYTES))
-        while self._seen < end:
-            view = self._buffer[: min(_CHUNK_BYTES, end - self._seen)]
-            self._reader.read_into(self._seen, view)
-            self._hash.update(view)
-            self._seen += len(view)
-
-
 class _Stream:
     """Appends to an open file through the page cache; what is written starts on its way to the disk at once."""
 
@@ -299,7 +237,7 @@ class FileWriter:
 
     def __init__(self, folder: Path, size: int, *, mode: int = 0o666) -> None:
         self._temporary = folder / f".{secrets.token_hex(12)}{_TEMPORARY}"
-        self._hashes = _Hashes(size)
+        self._hashes = BlobHashes(size)
         self._stream: _Stream | _DirectStream | None = None
         with operation("create", self._temporary):
             self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
@@ -421,7 +359,7 @@ def hash_file(path: Path, stop: Callable[[], bool] = bool) -> tuple[BlobDigests,
     """
     buffer = memoryview(bytearray(_CHUNK_BYTES))
     with RangeReader(path) as reader:
-        hashes = _Hashes(reader.identity.size)
+        hashes = BlobHashes(reader.identity.size)
         for begin in range(0, reader.identity.size, _CHUNK_BYTES):
             if stop():
                 break
