@@ -19,7 +19,7 @@ from shardmill import example
 from shardmill.core.scheme import PRESETS, Scheme
 from shardmill.core.summary import human_bytes, render, summarize
 from shardmill.errors import Refused, ShardmillError
-from shardmill.storage.publish import read_manifest
+from shardmill.storage.publish import LocalDestination
 
 if TYPE_CHECKING:
     from shardmill.flows.quantize_checkpoint import FlowSummary
@@ -82,7 +82,7 @@ def _tour(folder: Path, scheme: str, cache: Path) -> None:
     destination = folder / f"{MODEL}-{scheme}"
     say(f"   {source}\n\n2. the flow `quantize-checkpoint`, scheme {scheme}\n")
     first = _run_flow(source, destination, scheme)
-    say(f"\n{render(summarize(read_manifest(destination) or {}))}\n\n{_cost(first)}\n   {destination}\n")
+    say(f"\n{render(summarize(LocalDestination(destination).manifest() or {}))}\n\n{_cost(first)}\n   {destination}\n")
     say("\n3. the result answers, loaded by transformers\n")
     say(f"   > {QUESTION}\n   {_answer(destination)}\n\n4. the same flow again\n")
     second = _run_flow(source, destination, scheme)

@@ -32,8 +32,9 @@ from shardmill.orchestration import (
     uninspected,
     workbench,
 )
+from shardmill.stages.finalize import claim_of
 from shardmill.stages.validate import refuse_problems
-from shardmill.storage.publish import is_free
+from shardmill.storage.location import parse_location
 from shardmill.tasks.finalize import finalize_checkpoint, find_published
 from shardmill.tasks.plan import plan_checkpoint
 from shardmill.tasks.quantize import confirm_shard, quantize_shard
@@ -78,9 +79,12 @@ def quantize_checkpoint(request: QuantizeRequest) -> FlowSummary:
     with library_logs(), workbench(job) as bench, _refusals_shown():
         plan = _checked_plan(request.to_recipe(), job)
         bench.store.prepare()
-        if is_free(job.locations.destination_path):
-            outcomes = _quantize(plan, job, bench)
-            manifest = finalize_checkpoint(uninspected(plan), uninspected(outcomes), job)
+        destination = job.locations.open_destination()
+        if destination.is_free():
+            claim = claim_of(plan, bench.source, job.run)
+            with destination.claimed(claim):
+                outcomes = _quantize(plan, job, bench)
+                manifest = finalize_checkpoint(uninspected(plan), uninspected(outcomes), job, uninspected(claim))
             hits, bytes_read = sum(o.is_hit for o in outcomes), sum(o.bytes_read for o in outcomes)
         else:
             bytes_read = bytes_to_digest(plan.shards, bench.source, bench.store)
@@ -88,7 +92,7 @@ def quantize_checkpoint(request: QuantizeRequest) -> FlowSummary:
             hits = _confirm(plan)
         summary = summarize(manifest)
         result = FlowSummary(
-            destination=str(job.locations.destination_path),
+            destination=str(parse_location(job.locations.destination)),
             shards=len(plan.shards),
             hits=hits,
             bytes_read=bytes_read,

@@ -11,6 +11,7 @@ from shardmill.core.outcome import ShardOutcome
 from shardmill.core.plan import Plan
 from shardmill.orchestration import Job, bench_of, is_transient
 from shardmill.stages import finalize
+from shardmill.storage.claim import Claim
 
 
 @task(
@@ -24,9 +25,9 @@ from shardmill.stages import finalize
     retry_jitter_factor=0.5,
     retry_condition_fn=is_transient,
 )
-def finalize_checkpoint(plan: Plan, outcomes: tuple[ShardOutcome, ...], job: Job) -> dict[str, Any]:
+def finalize_checkpoint(plan: Plan, outcomes: tuple[ShardOutcome, ...], job: Job, claim: Claim) -> dict[str, Any]:
     """Publish the result and return its manifest."""
-    return finalize.finalize(plan, outcomes, job.locations, bench_of(job).store)
+    return finalize.finalize(plan, outcomes, job.locations, bench_of(job).store, claim)
 
 
 @task(
@@ -38,4 +39,7 @@ def finalize_checkpoint(plan: Plan, outcomes: tuple[ShardOutcome, ...], job: Job
 )
 def find_published(plan: Plan, job: Job) -> dict[str, Any]:
     """Return the manifest of a destination that holds this very result; refuse one that does not."""
-    return finalize.published_result(plan, job.locations, bench_of(job).store)
+    bench = bench_of(job)
+    manifest = finalize.published_result(plan, job.locations, bench.store)
+    finalize.clear_claim(plan, bench.source, job.locations)
+    return manifest

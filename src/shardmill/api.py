@@ -41,7 +41,8 @@ from shardmill.core.scheme import Scheme, preset
 from shardmill.errors import CheckpointInvalid, NonFiniteWeight, Problem, RecipeInvalid, Refused, refuse, show
 from shardmill.kernels import reference
 from shardmill.kernels.shard import encode_shard
-from shardmill.storage.local import FileWriter, RangeReader, operation
+from shardmill.storage.folder import Reader
+from shardmill.storage.local import FileWriter, LocalFolder
 from shardmill.storage.source import CONFIG_NAME, SourceFolder
 
 InverseWeightMap: TypeAlias = Mapping[Any, Sequence[str] | None]
@@ -310,7 +311,7 @@ def _open(inverse_weight_map: InverseWeightMap, stack: ExitStack) -> _Source:
     problems: list[Problem] = []
     for path, names in inverse_weight_map.items():
         real = Path(path).resolve()
-        folder = SourceFolder(real.parent)
+        folder = SourceFolder(LocalFolder(real.parent))
         reader = stack.enter_context(folder.open(real.name))
         header = folder.read_header(real.name).header
         pieces += [
@@ -323,7 +324,7 @@ def _open(inverse_weight_map: InverseWeightMap, stack: ExitStack) -> _Source:
     return _Source.assemble(pieces, (Path(path).absolute().parent for path in inverse_weight_map))
 
 
-def _fill_from_file(reader: RangeReader, start: int, offset: int, view: memoryview) -> None:
+def _fill_from_file(reader: Reader, start: int, offset: int, view: memoryview) -> None:
     reader.read_into(start + offset, view)
 
 
@@ -395,7 +396,7 @@ def _read_config(source: _Source) -> str:
     if found is None:
         return ""
     real = found.resolve()
-    data = SourceFolder(real.parent).read_text(real.name, _CONFIG_LIMIT_BYTES)
+    data = SourceFolder(LocalFolder(real.parent)).read_text(real.name, _CONFIG_LIMIT_BYTES)
     parse_json(data, file=CONFIG_NAME, kind="config-invalid")
     return data.decode("utf-8-sig")
 
@@ -478,14 +479,12 @@ def _write(
     """Compute the shard straight into its file; the file appears when all sources are found unchanged."""
     layout = shard.layout()
     header = layout.header()
-    with operation("create", target.parent):
-        target.parent.mkdir(parents=True, exist_ok=True)
-    with FileWriter(target.parent, len(header) + layout.data_bytes) as writer:
+    with FileWriter(target.parent, target.name, len(header) + layout.data_bytes) as writer:
         writer.write(memoryview(header))
         try:
             encode_shard(shard, source.read, writer.write, device=device)
         except NonFiniteWeight as error:
             raise NonFiniteWeight(source.locate(error.problems)) from error
         stack.close()
-        writer.commit(target)
+        writer.commit()
     return layout.data_bytes, {placed.spec.name: target.name for placed in layout.placed}

@@ -32,7 +32,7 @@ from prefect.utilities.annotations import quote
 
 from shardmill.core.outcome import ShardOutcome
 from shardmill.core.plan import ShardPlan
-from shardmill.errors import NAME_LIMIT, Interrupted, Refused, ShardmillError, SourceChanged
+from shardmill.errors import NAME_LIMIT, Interrupted, Refused, ShardmillError, SourceChanged, StorageUnavailable
 from shardmill.stages.devices import DevicePool, resolve_devices
 from shardmill.stages.pipeline import RunOptions
 from shardmill.stages.plan import Locations
@@ -137,7 +137,7 @@ def uninspected(value: T) -> T:
 def bytes_to_digest(shards: Iterable[ShardPlan], source: SourceFolder, store: Store) -> int:
     """Bytes of the shards whose digest is not known and must be taken."""
     is_full = store.verify_level == FULL
-    return sum(shard.size for shard in shards if is_full or store.known_digest(source.path(shard.name)) is None)
+    return sum(shard.size for shard in shards if is_full or store.known_digest(source.identity(shard.name)) is None)
 
 
 @dataclass
@@ -279,7 +279,7 @@ def is_transient_error(error: BaseException | None) -> bool:
         if error is None or isinstance(error, Refused | SourceChanged | Interrupted):
             return False
         names = {f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in type(error).__mro__}
-        if isinstance(error, ConnectionError | TimeoutError) or names & _TRANSIENT_TYPES:
+        if isinstance(error, ConnectionError | TimeoutError | StorageUnavailable) or names & _TRANSIENT_TYPES:
             return True
         if (isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO) or _status(error) in _TRANSIENT_STATUS:
             return True

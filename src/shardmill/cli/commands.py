@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from statistics import median
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
@@ -299,13 +298,13 @@ def _open_store(options: Options) -> Store:
     Raises:
         CheckpointInvalid: there is none.
     """
-    from shardmill.storage.source import local_path
+    from shardmill.storage.location import open_folder
     from shardmill.storage.store import FOLDER_NAME, Store
 
-    root = local_path(options.store) if options.store else Path.cwd() / FOLDER_NAME
-    if not (root / "receipts").is_dir():
-        raise refuse("store-missing", "expected a store, found none", file=str(root), way_out="set --store")
-    return Store(root)
+    store = Store(open_folder(options.store or FOLDER_NAME))
+    if not store.exists():
+        raise refuse("store-missing", "expected a store, found none", file=store.folder.url, way_out="set --store")
+    return store
 
 
 def store_ls(options: Options, _console: Console) -> int:
@@ -320,8 +319,12 @@ def store_ls(options: Options, _console: Console) -> int:
 
 
 def store_gc(options: Options, _console: Console) -> int:
-    """Delete the finished shards that are old and that no result links to."""
-    removed = _open_store(options).collect(older_than=options.older_than * 3600)
+    """Delete the finished shards that are old and that no result is made of."""
+    from shardmill.storage.publish import forget_gone
+
+    store = _open_store(options)
+    forget_gone(store)
+    removed = store.collect(older_than=options.older_than * 3600)
     print_result(f"{count(len(removed), 'shard')} removed, {human_bytes(sum(entry.size for entry in removed))}")
     return DONE
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -11,6 +12,7 @@ from shardmill.core.digest import Digest
 from shardmill.core.statistics import Statistics
 
 SCHEMA: Final = 1
+_STEM: Final = re.compile(r"(f-[0-9a-f]{1,128})?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +47,13 @@ class Receipt:
     """Of the quantized weights, in order."""
     producer: tuple[tuple[str, str], ...]
     """Versions of what computed it."""
+    stem: str = ""
+    """Name of the blob where it is not the key: it had to be named before the content of the source was known."""
+
+    @property
+    def blob_stem(self) -> str:
+        """Name of the blob without its ending."""
+        return self.stem or self.key
 
     def to_bytes(self) -> bytes:
         """Encode as JSON."""
@@ -60,7 +69,7 @@ class Receipt:
             "tensors": list(self.tensors),
             "weights": [{"module": w.module, "scheme": w.scheme, **w.statistics.to_json()} for w in self.weights],
             "producer": dict(self.producer),
-        }
+        } | ({"stem": self.stem} if self.stem else {})
         return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 
 
@@ -80,6 +89,7 @@ def parse_receipt(data: bytes) -> Receipt:
             tensors=tuple(map(_text, _list(raw["tensors"]))),
             weights=tuple(_parse_weight(entry) for entry in _list(raw["weights"])),
             producer=tuple((_text(name), _text(version)) for name, version in sorted(raw["producer"].items())),
+            stem=_stem(raw.get("stem", "")),
         )
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"malformed receipt: {type(error).__name__} {error}") from error
@@ -89,6 +99,13 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"expected a string, found {type(value).__name__}")
     return value
+
+
+def _stem(value: Any) -> str:
+    """A name that leads nowhere else."""
+    if not _STEM.fullmatch(_text(value)):
+        raise TypeError("expected a name of hex digits")
+    return str(value)
 
 
 def _list(value: Any) -> list[Any]:

@@ -2,62 +2,98 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from shardmill.core import assemble
+from shardmill.core.digest import Digest, digest_json
 from shardmill.core.outcome import ShardOutcome
 from shardmill.core.plan import Plan
-from shardmill.errors import ShardmillError, show
+from shardmill.core.receipt import Receipt
+from shardmill.errors import DestinationInvalid, ShardmillError, show
 from shardmill.stages.plan import Locations
-from shardmill.storage.local import hash_file
-from shardmill.storage.publish import in_use, is_free, publish, read_manifest
+from shardmill.storage.claim import Claim, new_claim
+from shardmill.storage.hashing import hash_file
+from shardmill.storage.location import parse_location
+from shardmill.storage.publish import Destination, Piece, Release, in_use
 from shardmill.storage.source import SourceFolder
-from shardmill.storage.store import Store
+from shardmill.storage.store import Store, blob_name
+
+_READERS: Final = 4
 
 
-def finalize(plan: Plan, outcomes: Sequence[ShardOutcome], locations: Locations, store: Store) -> dict[str, Any]:
+def finalize(
+    plan: Plan, outcomes: Sequence[ShardOutcome], locations: Locations, store: Store, claim: Claim
+) -> dict[str, Any]:
     """Publish the result and return its manifest; a destination that holds this very result is left as it is.
+
+    Args:
+        claim: of this run on the destination, see `claim_of`.
 
     Raises:
         DestinationInvalid: the destination holds something else.
         ShardmillError: a shard has no outcome, or its blob vanished.
     """
-    source = locations.open_source()
+    source, destination = locations.open_source(), locations.open_destination()
     receipts = {outcome.shard: outcome.receipt for outcome in outcomes}
     missing = [shard.name for shard in plan.shards if shard.name not in receipts]
     if missing:
         raise ShardmillError(f"{len(missing)} shards have no result, the first is {show(missing[0])}")
-    document = _manifest(plan, outcomes, source)
-    if is_published(locations.destination_path, document):
-        return document
-    if not is_free(locations.destination_path):
-        raise in_use(locations.destination_path, "it holds the result of another plan")
-    publish(
-        locations.destination_path,
-        run=secrets.token_hex(4),
-        blobs=[(shard.name, _blob(store, receipts[shard.name].key)) for shard in plan.shards],
-        files=[(name, source.path(name)) for name in plan.files],
-        manifest=assemble.encode_document(document),
-        index=assemble.output_index(plan),
-        config=assemble.encode_document(assemble.config_document(plan)),
-    )
+    files = _file_digests(plan, source)
+    document = _manifest(plan, outcomes, files)
+    if not is_published(destination, document):
+        if not destination.is_free():
+            raise in_use(destination.url, "it holds the result of another plan")
+        release = Release(
+            shards=tuple(_shard_piece(shard.name, receipts[shard.name], store) for shard in plan.shards),
+            files=tuple(_file_piece(name, files[name], source) for name in plan.files),
+            manifest=assemble.encode_document(document),
+            index=assemble.output_index(plan),
+            config=assemble.encode_document(assemble.config_document(plan)),
+        )
+        _publish(destination, release, claim, document)
+    keys = [receipt.key for receipt in receipts.values()]
+    store.note_publication(str(parse_location(locations.destination)), document["plan"], keys)
     return document
 
 
-def _blob(store: Store, key: str) -> Path:
-    path = store.blob_path(key)
-    if not path.exists():
-        raise ShardmillError(f"blob {key[:12]} vanished from the store; run again")
-    return path
+def _publish(destination: Destination, release: Release, claim: Claim, document: Mapping[str, Any]) -> None:
+    try:
+        destination.publish(release, claim)
+    except DestinationInvalid:
+        if not is_published(destination, document):  # a run of the same plan may have been first
+            raise
 
 
-def _manifest(plan: Plan, outcomes: Sequence[ShardOutcome], source: SourceFolder) -> dict[str, Any]:
+def _shard_piece(name: str, receipt: Receipt, store: Store) -> Piece:
+    origin = blob_name(receipt.blob_stem)
+    if store.folder.identity(origin) is None:
+        raise ShardmillError(f"blob {receipt.key[:12]} vanished from the store; run again")
+    return Piece(name=name, folder=store.folder, origin=origin, mark=receipt.key, digest=receipt.blob.whole)
+
+
+def _file_piece(name: str, digest: str, source: SourceFolder) -> Piece:
+    return Piece(name=name, folder=source.folder, origin=name, mark=digest, digest=Digest.parse(digest))
+
+
+def claim_of(plan: Plan, source: SourceFolder, run: str = "") -> Claim:
+    """What a run says of itself while it makes a destination; the same states of the same files are the same plan."""
+    config = assemble.config_document(plan)
+    states = {name: source.identity(name).fingerprint() for name in (*(s.name for s in plan.shards), *plan.files)}
+    shapes = [(shard.name, shard.shape()) for shard in plan.shards]
+    return new_claim(digest_json([shapes, states, config]), run)
+
+
+def clear_claim(plan: Plan, source: SourceFolder, locations: Locations) -> None:
+    """Remove the claim that a run may have left which was killed after it had published."""
+    with locations.open_destination().claimed(claim_of(plan, source)):
+        pass  # taking it over and giving it up is all
+
+
+def _manifest(plan: Plan, outcomes: Sequence[ShardOutcome], files: Mapping[str, str]) -> dict[str, Any]:
     receipts = {outcome.shard: outcome.receipt for outcome in outcomes}
-    files = _file_digests(plan, source)
     sources = dict(sorted({pair for outcome in outcomes for pair in outcome.sources}))
     digest = assemble.plan_digest(plan, {name: receipt.key for name, receipt in receipts.items()}, files)
     versions = {"shardmill": version("shardmill"), "compressed-tensors layout": assemble.LAYOUT_VERSION}
@@ -72,29 +108,32 @@ def published_result(plan: Plan, locations: Locations, store: Store) -> dict[str
     Raises:
         DestinationInvalid: it holds something else.
     """
-    source = locations.open_source()
-    digests = {shard.name: str(store.source_digest(source.path(shard.name))[0]) for shard in plan.shards}
+    source, destination = locations.open_source(), locations.open_destination()
+    digests = {shard.name: str(store.source_digest(source, shard.name)[0]) for shard in plan.shards}
     keys = {shard.name: shard.job_key(digests) for shard in plan.shards}
     digest = assemble.plan_digest(plan, keys, _file_digests(plan, source))
-    found = read_manifest(locations.destination_path)
-    if found is None or found.get("plan") != digest or not _is_whole(locations.destination_path, found):
-        raise in_use(locations.destination_path, "it holds the result of another plan")
+    found = destination.manifest()
+    if found is None or found.get("plan") != digest or not _is_whole(destination, found):
+        raise in_use(destination.url, "it holds the result of another plan")
     return found
 
 
 def _file_digests(plan: Plan, source: SourceFolder) -> dict[str, str]:
-    return {name: str(hash_file(source.path(name))[0].whole) for name in plan.files}
+    with ThreadPoolExecutor(_READERS) as pool:
+        digests = pool.map(lambda name: str(hash_file(source.folder, name)[0].whole), plan.files)
+        return dict(zip(plan.files, digests, strict=True))
 
 
-def is_published(destination: Path, manifest: Mapping[str, Any]) -> bool:
+def is_published(destination: Destination, manifest: Mapping[str, Any]) -> bool:
     """Whether a destination holds exactly the result that a manifest describes, as far as names and sizes tell."""
-    found = read_manifest(destination)
+    found = destination.manifest()
     return found is not None and found.get("plan") == manifest["plan"] and _is_whole(destination, manifest)
 
 
-def _is_whole(destination: Path, manifest: Mapping[str, Any]) -> bool:
+def _is_whole(destination: Destination, manifest: Mapping[str, Any]) -> bool:
     """Whether every shard of a manifest is there, in the size that it says."""
+    found = destination.folder.listing()
     return all(
-        (path := destination / entry["name"]).is_file() and path.stat().st_size == entry["size"]
+        (state := found.get(entry["name"])) is not None and state.size == entry["size"]
         for entry in manifest.get("shards", ())
     )

@@ -7,20 +7,22 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from shardmill.core.outcome import ShardOutcome
 from shardmill.core.plan import Plan, ShardPlan
 from shardmill.core.recipe import Recipe
 from shardmill.errors import Interrupted, ShardFailures
 from shardmill.stages.devices import DevicePool, resolve_devices
-from shardmill.stages.finalize import finalize, published_result
+from shardmill.stages.finalize import claim_of, clear_claim, finalize, published_result
 from shardmill.stages.plan import Locations, make_plan
 from shardmill.stages.quantize import Controls, find_stored, quantize_shard
 from shardmill.stages.validate import refuse_problems, validate_locations, validate_plan
-from shardmill.storage.publish import is_free
 from shardmill.storage.source import SourceFolder
 from shardmill.storage.store import FAST, Store
+
+_LOOKUPS: Final = 16
+"""Shards that are looked up at a time where that means waiting for a network."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,10 +76,13 @@ def run(
     refuse_problems([*validate_plan(plan), *validate_locations(plan, locations, store)])
     watch.on_plan(plan)
     store.prepare()
-    if not is_free(locations.destination_path):
+    destination = locations.open_destination()
+    if not destination.is_free():
         return _finished(plan, locations, store, watch, started)
-    outcomes = quantize_all(plan, source, store, options, watch, stopping)
-    manifest = finalize(plan, outcomes, locations, store)
+    claim = claim_of(plan, source)
+    with destination.claimed(claim):
+        outcomes = quantize_all(plan, source, store, options, watch, stopping)
+        manifest = finalize(plan, outcomes, locations, store, claim)
     return RunResult(plan=plan, outcomes=outcomes, manifest=manifest, seconds=time.monotonic() - started)
 
 
@@ -85,6 +90,7 @@ def _finished(plan: Plan, locations: Locations, store: Store, watch: Watcher, st
     """Succeed at once when the destination holds this very result; nothing is computed for one that does not."""
     manifest = published_result(plan, locations, store)
     source = locations.open_source()
+    clear_claim(plan, source, locations)
     stored = tuple(outcome for shard in plan.shards if (outcome := find_stored(shard, source, store)))
     for outcome in stored:
         watch.on_shard(outcome)
@@ -98,8 +104,9 @@ def quantize_all(
     """Quantize every shard that the store does not have; hits are told without starting a worker."""
     found: dict[str, ShardOutcome] = {}
     misses: list[ShardPlan] = []
-    for shard in plan.shards:
-        outcome = find_stored(shard, source, store)
+    with ThreadPoolExecutor(_LOOKUPS if store.folder.traits.is_remote or source.folder.traits.is_remote else 1) as pool:
+        stored = list(pool.map(lambda shard: find_stored(shard, source, store), plan.shards))
+    for shard, outcome in zip(plan.shards, stored, strict=True):
         if outcome is None:
             misses.append(shard)
         else:

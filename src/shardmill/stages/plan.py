@@ -6,13 +6,14 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from shardmill.core.plan import Plan
 from shardmill.core.planner import build_plan
 from shardmill.core.recipe import Recipe
-from shardmill.storage.source import SourceFolder, local_path, open_source, read_checkpoint
-from shardmill.storage.store import FAST, Store, default_root
+from shardmill.storage.location import Location, open_location, parse_location
+from shardmill.storage.publish import Destination, open_destination
+from shardmill.storage.source import SourceFolder, open_source, read_checkpoint
+from shardmill.storage.store import FAST, FOLDER_NAME, Store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,19 +33,22 @@ class Locations:
         """
         return open_source(self.source)
 
-    @property
-    def destination_path(self) -> Path:
-        """The destination as a path."""
-        return local_path(self.destination)
+    def open_destination(self) -> Destination:
+        """Open the destination, which need not be there yet.
+
+        Raises:
+            DestinationInvalid: nothing can be written to such a place.
+        """
+        return open_destination(parse_location(self.destination))
 
     @property
-    def store_path(self) -> Path:
-        """The store as a path."""
-        return local_path(self.store) if self.store else default_root(self.destination_path)
+    def store_location(self) -> Location:
+        """Where the store lies: by default beside the destination, so that publishing moves no bytes."""
+        return parse_location(self.store) if self.store else parse_location(self.destination).beside(FOLDER_NAME)
 
     def open_store(self, verify: str = FAST) -> Store:
         """Open the store without creating it."""
-        return Store(self.store_path, verify=verify)
+        return Store(open_location(self.store_location), verify=verify)
 
 
 def make_plan(source: SourceFolder, recipe: Recipe) -> Plan:

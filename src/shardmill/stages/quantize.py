@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import platform
 import time
 from collections.abc import Callable
@@ -13,12 +14,13 @@ from shardmill.core.digest import Digest
 from shardmill.core.outcome import ShardOutcome
 from shardmill.core.plan import ShardPlan
 from shardmill.core.receipt import Receipt
-from shardmill.errors import Interrupted, SourceChanged, show
+from shardmill.errors import Interrupted, SourceChanged, TransferDamaged, show
 from shardmill.stages.devices import DevicePool, limit_threads
 from shardmill.stages.validate import check_unchanged
-from shardmill.storage.local import FileIdentity, RangeReader, SourceHash
+from shardmill.storage.folder import FileIdentity, Reader
+from shardmill.storage.hashing import SourceHash
 from shardmill.storage.source import SourceFolder
-from shardmill.storage.store import Store
+from shardmill.storage.store import Store, blob_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,36 +43,55 @@ class _Sources:
     on_bytes: Callable[[int], None]
     identities: dict[str, FileIdentity] = field(default_factory=dict)
     digests: dict[str, Digest] = field(default_factory=dict)
-    readers: dict[str, RangeReader] = field(default_factory=dict)
+    readers: dict[str, Reader] = field(default_factory=dict)
+    seconds: dict[str, Reader] = field(default_factory=dict)
+    """Readers of their own for what is read twice, because nothing else tells whether it arrived undamaged."""
     hash: SourceHash | None = None
-    """Of the shard itself, while its digest is not known."""
+    """Of the shard itself, while its digest is not known, or where its bytes may be damaged on their way."""
     reported: int = 0
 
     def learn(self, name: str, store: Store, stop: Callable[[], bool]) -> int:
         """Take the digest of a source shard, remembered or read; returns the bytes that were read for it."""
-        digest, identity, was_read = store.source_digest(self.source.path(name), stop=stop)
+        digest, identity, was_read = store.source_digest(self.source, name, stop=stop)
         if stop():
             raise _interrupted()
         self.identities[name], self.digests[name] = identity, digest
         return identity.size if was_read else 0
 
-    def open(self, name: str) -> RangeReader:
+    def meet(self, name: str) -> FileIdentity:
+        """The state in which a source shard is to be read."""
+        if name not in self.identities:
+            self.identities[name] = self.source.identity(name)
+        return self.identities[name]
+
+    def open(self, name: str) -> Reader:
         """Open a source shard.
 
         Raises:
             SourceChanged: it is not in the state that was digested.
         """
         if name not in self.readers:
-            reader = self.stack.enter_context(self.source.open(name))
-            if reader.identity != self.identities.setdefault(name, reader.identity):
-                raise SourceChanged(f"{show(name)} changed after its digest was taken; run again")
-            self.readers[name] = reader
+            self.readers[name] = self._open(name)
         return self.readers[name]
+
+    def _open(self, name: str) -> Reader:
+        reader = self.stack.enter_context(self.source.open(name))
+        if reader.identity != self.meet(name):
+            raise SourceChanged(f"{show(name)} changed after its digest was taken; run again")
+        return reader
+
+    def start_hash(self) -> None:
+        """Hash the shard while it is read, to learn its digest or to compare it with the known one."""
+        known = self.digests.get(self.shard.name)
+        if known is None or self.source.folder.traits.is_remote:
+            self.hash = SourceHash(self.open(self.shard.name), known)
 
     def read(self, name: str, offset: int, view: memoryview) -> None:
         """Read bytes of a source shard."""
         self.open(name).read_into(offset, view)
         if name != self.shard.name:
+            if self.source.folder.traits.is_remote:
+                self._confirm(name, offset, view)
             return
         if self.hash is not None:
             self.hash.cover(offset, view)
@@ -78,11 +99,22 @@ class _Sources:
         self.reported += fresh
         self.on_bytes(fresh)
 
+    def _confirm(self, name: str, offset: int, view: memoryview) -> None:
+        """Read a part of another shard once more: its digest, which is of the whole, cannot vouch for it."""
+        if name not in self.seconds:
+            self.seconds[name] = self._open(name)
+        again = memoryview(bytearray(len(view)))
+        self.seconds[name].read_into(offset, again)
+        if again != view.cast("B"):
+            where = f"bytes {offset} to {offset + len(view)} of {show(name)}"
+            raise TransferDamaged(errno.EIO, f"read {where}: two reads of one state differ; run again")
+
     def close(self) -> None:
         """Complete the digests and close every file.
 
         Raises:
             SourceChanged: one is not what it was when it was opened.
+            TransferDamaged: what was read does not have the digest that is known of it.
         """
         if self.hash is not None:
             self.digests[self.shard.name] = self.hash.finish()
@@ -92,7 +124,7 @@ class _Sources:
     @property
     def bytes_read(self) -> int:
         """Bytes read from all of them."""
-        return sum(reader.bytes_read for reader in self.readers.values())
+        return sum(reader.bytes_read for reader in (*self.readers.values(), *self.seconds.values()))
 
     @property
     def key(self) -> str:
@@ -112,6 +144,7 @@ def quantize_shard(shard: ShardPlan, source: SourceFolder, store: Store, control
 
     Raises:
         SourceChanged: a source file is not the planned one, or changes meanwhile.
+        TransferDamaged: bytes of a source file do not have the digest that is known of them.
         NonFiniteWeight: NaN or Inf in a weight that is to be quantized.
         DeviceExhausted: an accelerator has no room for the smallest row block.
         StorageFailed: reading or writing failed.
@@ -124,15 +157,14 @@ def quantize_shard(shard: ShardPlan, source: SourceFolder, store: Store, control
         hashed = sum(
             sources.learn(name, store, controls.should_stop)
             for name in shard.sources
-            if name != shard.name or store.may_hold(shape) or store.known_digest(source.path(name)) is not None
+            if name != shard.name or store.known_digest(sources.meet(name)) is not None or store.may_hold(shape)
         )
         if controls.should_stop():
             raise _interrupted()
         receipt = store.lookup(sources.key) if shard.name in sources.digests else None
         is_hit = receipt is not None
         if receipt is None:
-            receipt = _compute(sources, store, controls)
-            store.put_receipt(receipt, shape)
+            receipt = store.put_receipt(_compute(sources, store, controls), shape)
         else:
             controls.on_bytes(shard.size)
     return ShardOutcome(
@@ -157,13 +189,12 @@ def find_stored(shard: ShardPlan, source: SourceFolder, store: Store) -> ShardOu
 def _open_unchanged(sources: _Sources) -> None:
     """Open the shard and compare headers with the plan, all under the identities that the digests belong to."""
     shard, source = sources.shard, sources.source
-    reader = sources.open(shard.name)
-    if shard.name not in sources.digests:
-        sources.hash = SourceHash(reader)
+    sources.open(shard.name)
+    sources.start_hash()
     for problem in check_unchanged(shard, source):
         raise SourceChanged(str(problem))
     for name, identity in sources.identities.items():
-        if FileIdentity.of(source.path(name), source.path(name).stat()) != identity:
+        if source.identity(name) != identity:
             raise SourceChanged(f"{show(name)} changed after its digest was taken; run again")
 
 
@@ -180,7 +211,8 @@ def _compute(sources: _Sources, store: Store, controls: Controls) -> Receipt:
         if needs_torch(shard, device):
             limit_threads(controls.devices.devices)
         _open_unchanged(sources)
-        writer = store.writer(len(header) + layout.data_bytes)
+        stem = store.stem(shard, sources.digests, sources.identities)
+        writer = store.writer(stem or shard.shape(), len(header) + layout.data_bytes)
         try:
             writer.write(memoryview(header))
             weights = encode_shard(
@@ -198,13 +230,14 @@ def _compute(sources: _Sources, store: Store, controls: Controls) -> Receipt:
         sources.close()
         store.remember(sources.identities[shard.name], sources.digests[shard.name])
         key = sources.key
-        blob = writer.commit(store.blob_path(key), read_only=True)
+        blob = writer.commit("" if stem else blob_name(key), sealed=True)
     return Receipt(
         key=key,
         blob=blob,
         tensors=tuple(placed.spec.name for placed in layout.placed),
         weights=weights,
         producer=producer(),
+        stem="" if stem in ("", key) else stem,
     )
 
 

@@ -14,7 +14,7 @@ from shardmill.core.manifest import Manifest, parse_manifest
 from shardmill.core.plan import Checkpoint
 from shardmill.core.written import Located, WrittenConfig, parse_written_config, quantized_modules
 from shardmill.errors import CheckpointInvalid, Problem
-from shardmill.storage.local import RangeReader
+from shardmill.storage.folder import Reader
 from shardmill.storage.source import SourceFolder, open_source, read_checkpoint
 
 BLOCK_BYTES: Final = 32 << 20
@@ -106,7 +106,7 @@ class Readers:
 
     folder: SourceFolder
     stack: ExitStack
-    opened: dict[str, RangeReader] = field(default_factory=dict)
+    opened: dict[str, Reader] = field(default_factory=dict)
 
     def read(self, shard: str, offset: int, length: int) -> bytearray:
         """Read bytes of a shard, counted from the start of the file."""

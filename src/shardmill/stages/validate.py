@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from typing import Final
 
 from shardmill.core.checks import check_shard, source_names
 from shardmill.core.plan import Plan, ShardPlan
-from shardmill.errors import CheckpointInvalid, DestinationInvalid, Problem, Refused
+from shardmill.errors import CheckpointInvalid, DestinationInvalid, Problem, Refused, StorageFailed, show
 from shardmill.stages.plan import Locations
-from shardmill.storage.publish import check_destination
+from shardmill.storage.folder import Folder
+from shardmill.storage.location import parse_location
+from shardmill.storage.publish import check_apart
 from shardmill.storage.source import SourceFolder
-from shardmill.storage.store import Store, check_location
+from shardmill.storage.store import Store
+
+_ABOUT_PLACES: Final = frozenset(
+    [
+        "destination-in-use",
+        "destination-claimed",
+        "destination-unwritable",
+        "no-space",
+        "storage-unreachable",
+        "store-in-source",
+        "store-in-destination",
+    ]
+)
 
 
 def validate_shards(
@@ -69,26 +82,60 @@ def validate_plan(plan: Plan) -> list[Problem]:
 
 
 def validate_locations(plan: Plan, locations: Locations, store: Store) -> list[Problem]:
-    """Problems of destination and store: in use, not writable, too small for what is not there yet."""
-    source = locations.open_source()
-    destination = locations.destination_path
-    problems = check_destination(destination, source.root) + check_location(locations.store_path, source.root)
-    return problems + _check_space(plan, source, store, destination)
+    """Problems of destination and store: in use, out of reach, not writable, too small for what is not there yet."""
+    destination_at = parse_location(locations.destination)
+    destination = locations.open_destination()
+    problems = check_apart(destination_at, parse_location(locations.source), locations.store_location)
+    problems += _told(destination.url, destination.check)
+    problems += _told(store.folder.url, store.folder.probe)
+    if not problems:
+        problems += _told(
+            destination.url, lambda: _check_space(plan, locations.open_source(), store, destination.folder)
+        )
+    return sorted(set(problems))
 
 
-def _check_space(plan: Plan, source: SourceFolder, store: Store, destination: Path) -> list[Problem]:
+def _told(place: str, check: Callable[[], list[Problem]]) -> list[Problem]:
+    """What a check finds, or why it could not look."""
+    try:
+        return check()
+    except StorageFailed as error:
+        return [
+            Problem(
+                file=place,
+                kind="storage-unreachable",
+                message=error.strerror or str(error),
+                way_out="check the location and the credentials",
+            )
+        ]
+
+
+def _check_space(plan: Plan, source: SourceFolder, store: Store, destination: Folder) -> list[Problem]:
+    """Compare the bytes that will be written with what is free, on the disks of store and destination."""
     if any(check_shard(shard) for shard in plan.shards):
         return []  # what cannot be treated as decided has no size
-    existing = next(path for path in (store.root, *store.root.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    need = 0
-    for shard in plan.shards:
-        if not store.seems_to_hold(shard, source):
-            need += shard.sizes().output_bytes
-    if need <= free:
+    sizes = {shard.name: shard.sizes().output_bytes for shard in plan.shards}
+    missing = sum(sizes[shard.name] for shard in plan.shards if not store.seems_to_hold(shard, source))
+    files = sum(source.identity(name).size for name in plan.files)
+    if _device(store.folder) == _device(destination):  # publishing makes hard links
+        return _too_small(destination, store.folder, missing + files)
+    copied = sum(sizes.values()) + files
+    return _too_small(destination, store.folder, missing) + _too_small(destination, destination, copied)
+
+
+def _device(folder: Folder) -> int | None:
+    """Number of the disk on which a folder lies or will lie; None elsewhere."""
+    if folder.path is None:
+        return None
+    return next(path for path in (folder.path, *folder.path.parents) if path.exists()).stat().st_dev
+
+
+def _too_small(destination: Folder, folder: Folder, need: int) -> list[Problem]:
+    free = folder.free_bytes()
+    if free is None or need <= free:
         return []
-    message = f"{need} bytes are needed for the output, {free} are free at `{existing}`"
-    return [Problem(file=str(destination), kind="no-space", message=message, way_out="free space or set --store")]
+    message = f"{need} bytes are needed for the output, {free} are free at {show(folder.url, 120)}"
+    return [Problem(file=destination.url, kind="no-space", message=message, way_out="free space or set --store")]
 
 
 def refuse_problems(problems: Iterable[Problem]) -> None:
@@ -101,9 +148,6 @@ def refuse_problems(problems: Iterable[Problem]) -> None:
     found = sorted(set(problems))
     if not found:
         return
-    if all(
-        problem.kind in ("destination-in-use", "destination-unwritable", "no-space", "store-in-source")
-        for problem in found
-    ):
+    if all(problem.kind in _ABOUT_PLACES for problem in found):
         raise DestinationInvalid(found)
     raise Refused(found)

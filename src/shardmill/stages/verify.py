@@ -26,7 +26,7 @@ from shardmill.core.written import (
 from shardmill.errors import CheckpointInvalid, Problem, show
 from shardmill.stages.compare import Comparison, verify_against
 from shardmill.stages.result import Readers, Result, VerifyWatch, read_result, stored_shapes
-from shardmill.storage.local import hash_file
+from shardmill.storage.hashing import hash_file
 from shardmill.storage.source import SourceFolder
 
 __all__ = ["Comparison", "VerifyWatch", "verify", "verify_against"]
@@ -137,13 +137,13 @@ def _check_bytes(manifest: Manifest, result: Result, watch: VerifyWatch) -> list
 
 def _check_file(folder: SourceFolder, name: str, size: int | None, digest: Digest) -> list[Problem]:
     try:
-        path = folder.path(name)
+        folder.check(name)
     except CheckpointInvalid as error:
         return list(error.problems)
     if digest.algorithm != "blake3":
         message = f"expected a blake3 digest in {MANIFEST_NAME}, found {show(digest.algorithm)}"
         return [Problem(file=name, kind="manifest-invalid", message=message)]
-    found, _ = hash_file(path)
+    found, _ = hash_file(folder.folder, name)
     if size is not None and found.size != size:
         message = f"expected {size} bytes, found {found.size}"
         return [Problem(file=name, kind="size-differs", message=message, way_out="fetch the file again")]

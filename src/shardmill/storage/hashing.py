@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Final
+import errno
+import hashlib
+from collections.abc import Callable
+from typing import Any, Final
 
 from blake3 import blake3
 
 from shardmill.core.digest import Digest
 from shardmill.core.receipt import BlobDigests
+from shardmill.errors import TransferDamaged, show
+from shardmill.storage.folder import FileIdentity, Folder, Reader
 
 EDGE_BYTES: Final = 64_000_000
 """Length of the first and last block whose digests a receipt holds."""
+_CHUNK_BYTES: Final = 4 << 20
 
 
 class BlobHashes:
@@ -44,3 +50,85 @@ class BlobHashes:
         whole = self._digest()
         tail = Digest("blake3", self._tail.hexdigest()) if self.size > EDGE_BYTES else whole
         return BlobDigests(whole=whole, head=self._head or whole, tail=tail, size=self._seen)
+
+
+class SourceHash:
+    """Digest of an open file that is taken along while its parts are read, in whatever order, each byte once."""
+
+    def __init__(self, reader: Reader, expected: Digest | None = None) -> None:
+        self._reader = reader
+        self._expected = expected
+        self._algorithm = expected.algorithm if expected is not None else "blake3"
+        self._hash: Any = hashlib.sha256() if self._algorithm == "sha256" else blake3()
+        self._seen = 0
+        self._buffer = memoryview(b"")
+
+    def cover(self, offset: int, view: memoryview) -> None:
+        """Take in bytes that were read at an offset; what lies before them and was not read yet is read here."""
+        if offset > self._seen:
+            self._catch_up(offset)
+        if offset <= self._seen < offset + len(view):
+            self._hash.update(view[self._seen - offset :])
+            self._seen = offset + len(view)
+
+    def finish(self) -> Digest:
+        """Digest of the whole file; reads what nobody asked for.
+
+        Raises:
+            TransferDamaged: it is not the expected one.
+        """
+        self._catch_up(self._reader.identity.size)
+        found = Digest(self._algorithm, self._hash.hexdigest())
+        if self._expected is not None and found != self._expected:
+            where = show(self._reader.identity.url, 200)
+            message = f"read {where}: expected {_short(self._expected)}, found {_short(found)}; run again"
+            raise TransferDamaged(errno.EIO, message)
+        return found
+
+    def _catch_up(self, end: int) -> None:
+        if end > self._seen and not self._buffer:
+            self._buffer = memoryview(bytearray(_CHUNK_BYTES))
+        while self._seen < end:
+            view = self._buffer[: min(_CHUNK_BYTES, end - self._seen)]
+            self._reader.read_into(self._seen, view)
+            self._hash.update(view)
+            self._seen += len(view)
+
+
+def _short(digest: Digest) -> str:
+    return f"{digest.algorithm} {digest.value[:16]}…"
+
+
+def hash_file(folder: Folder, name: str, stop: Callable[[], bool] = bool) -> tuple[BlobDigests, FileIdentity]:
+    """Read a file once for its digests; returns the identity it had all the while.
+
+    Raises:
+        SourceChanged: it changed meanwhile.
+    """
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    with folder.open(name) as reader:
+        hashes = BlobHashes(reader.identity.size)
+        for begin in range(0, reader.identity.size, _CHUNK_BYTES):
+            if stop():
+                break
+            view = buffer[: min(_CHUNK_BYTES, reader.identity.size - begin)]
+            reader.read_into(begin, view)
+            hashes.update(view)
+    return hashes.result(), reader.identity
+
+
+def hash_edges(folder: Folder, name: str) -> tuple[Digest, Digest]:
+    """Digests of the first and last block of a file."""
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    found = []
+    with folder.open(name) as reader:
+        size = reader.identity.size
+        length = min(EDGE_BYTES, size)
+        for begin in (0, size - length):
+            hashed = blake3()
+            for offset in range(begin, begin + length, _CHUNK_BYTES):
+                view = buffer[: min(_CHUNK_BYTES, begin + length - offset)]
+                reader.read_into(offset, view)
+                hashed.update(view)
+            found.append(Digest("blake3", hashed.hexdigest()))
+    return found[0], found[1]

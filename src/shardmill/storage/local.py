@@ -1,4 +1,4 @@
-"""Local files: range reads that notice a changed source, and writes that appear whole or not at all."""
+"""Folders on disk: range reads that notice a changed file, and writes that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,22 +10,20 @@ import mmap
 import os
 import queue
 import secrets
+import shutil
+import stat
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, cast
 
-from blake3 import blake3
-
-from shardmill.core.digest import Digest
 from shardmill.core.receipt import BlobDigests
-from shardmill.errors import SourceChanged, StorageFailed, show
+from shardmill.errors import FileTooLarge, ObjectMissing, Problem, SourceChanged, StorageFailed, refuse, show
+from shardmill.storage.folder import FileIdentity, Folder, Traits
+from shardmill.storage.hashing import BlobHashes
+from shardmill.storage.operations import operation
 
-EDGE_BYTES: Final = 64_000_000
-"""Length of the first and last block whose digests a receipt holds."""
-_CHUNK_BYTES: Final = 4 << 20
 _AHEAD_BYTES: Final = 32 << 20
 """How far the disk reads ahead of what is asked for."""
 _FLUSH_BYTES: Final = 16 << 20
@@ -36,35 +34,26 @@ _DIRECT_BLOCKS: Final = 4
 """What a file that is written past the page cache may have on its way to the disk."""
 _ALIGNMENT: Final = 4096
 """Of memory, offsets and lengths that bypass the page cache; a multiple of every disk's block."""
+_TEMPORARY_START: Final = ".shardmill-"
 _TEMPORARY: Final = ".tmp"
 
 
-@dataclass(frozen=True, slots=True)
-class FileIdentity:
-    """What tells one state of a local file from another without reading it."""
-
-    path: str
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-
-    @classmethod
-    def of(cls, path: Path, status: os.stat_result) -> FileIdentity:
-        """Take the identity out of a stat result."""
-        return cls(str(path), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+_BACKDATED_NS: Final = 4_000_000_000
+"""How far the modification time of a sealed file is set back: no later write can keep it."""
+_LINK_REFUSED: Final = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP})
 
 
-@contextlib.contextmanager
-def operation(name: str, path: Path) -> Iterator[None]:
-    """Turn an `OSError` into a `StorageFailed` that names operation and path."""
-    try:
-        yield
-    except StorageFailed:
-        raise
-    except OSError as error:
-        raise StorageFailed(error.errno, f"{name} {show(str(path), 200)} failed: {error.strerror or error}") from error
+def identify(path: Path, status: os.stat_result) -> FileIdentity:
+    """Take the identity of a file out of a stat result."""
+    return FileIdentity(
+        url=str(path),
+        version=f"{status.st_dev}:{status.st_ino}",
+        size=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+        ctime_ns=status.st_ctime_ns,
+        modified=status.st_mtime,
+        links=status.st_nlink,
+    )
 
 
 class RangeReader:
@@ -76,8 +65,11 @@ class RangeReader:
         self._ahead = 0
         """Up to where the kernel was asked to read."""
         with operation("open", path):
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        self.identity = FileIdentity.of(path, os.fstat(self._fd))
+            try:
+                self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            except FileNotFoundError as error:
+                raise missing("open", path) from error
+        self.identity = identify(path, os.fstat(self._fd))
 
     def __enter__(self) -> Self:
         return self
@@ -85,7 +77,7 @@ class RangeReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        after = FileIdentity.of(self.path, os.fstat(self._fd))
+        after = identify(self.path, os.fstat(self._fd))
         os.close(self._fd)
         if kind is None and after != self.identity:
             raise SourceChanged(f"{show(str(self.path), 200)} changed while it was read; run again")
@@ -235,18 +227,23 @@ def _set_direct(fd: int, *, on: bool) -> bool:
 class FileWriter:
     """Writes one file of known size under a temporary name; `commit` names it, anything else leaves nothing."""
 
-    def __init__(self, folder: Path, size: int, *, mode: int = 0o666) -> None:
-        self._temporary = folder / f".{secrets.token_hex(12)}{_TEMPORARY}"
+    def __init__(self, root: Path, name: str, size: int, *, mode: int = 0o666) -> None:
+        self._root, self._name = root, name
+        folder = (root / name).parent
+        self._temporary = folder / f"{_TEMPORARY_START}{secrets.token_hex(12)}{_TEMPORARY}"
         self._hashes = BlobHashes(size)
         self._stream: _Stream | _DirectStream | None = None
+        if not folder.is_dir():
+            with operation("create", folder):
+                folder.mkdir(parents=True, exist_ok=True)
         with operation("create", self._temporary):
             self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if size:
-            with operation("allocate", self._temporary), _without_file(self):
+            with _without_file(self), operation("allocate", self._temporary):
                 os.posix_fallocate(self._fd, 0, size)
         is_direct = size >= _DIRECT_BYTES * _DIRECT_BLOCKS and _set_direct(self._fd, on=True)
-        with operation("create", self._temporary), _without_file(self):
+        with _without_file(self), operation("create", self._temporary):
             self._stream = _DirectStream(self._fd) if is_direct else _Stream(self._fd)
 
     def __enter__(self) -> Self:
@@ -265,16 +262,24 @@ class FileWriter:
             with operation("write", self._temporary):
                 self._stream.write(view)
 
-    def commit(self, target: Path, *, read_only: bool = False) -> BlobDigests:
+    def commit(
+        self, name: str = "", *, sealed: bool = False, durable: bool = True, exclusive: bool = False
+    ) -> BlobDigests:
         """Make the file durable under its name; return the digests of what was written.
 
         Args:
-            target: a name in the folder of the file.
-            read_only: whether nobody may write it from then on.
+            name: another name, in the folder of the first one.
+            sealed: whether nobody may write it from then on; its modification time is set back, so that its state
+                can be told from every later one at once.
+            durable: whether it must outlast a power cut.
+            exclusive: whether a file that is there by then is kept, and this one dropped.
 
         Raises:
             StorageFailed: fewer or more bytes than announced, or the file system refuses.
         """
+        target = self._root / (name or self._name)
+        if self._fd < 0:
+            raise StorageFailed(f"publish {show(str(target), 200)}: the file was committed or dropped before")
         digests = self._hashes.result()
         if digests.size != self._hashes.size:
             raise StorageFailed(
@@ -282,15 +287,32 @@ class FileWriter:
             )
         with operation("write", self._temporary):
             self._finish()
-        with operation("publish", target):
-            if read_only:
+        if sealed:
+            with operation("seal", self._temporary):
                 os.fchmod(self._fd, 0o444)
-            os.fsync(self._fd)
-            os.close(self._fd)
-            self._fd = -1
-            self._temporary.replace(target)
+                status = os.fstat(self._fd)
+                os.utime(self._fd, ns=(status.st_atime_ns, status.st_mtime_ns - _BACKDATED_NS))
+        if durable:
+            with operation("sync", self._temporary):
+                os.fsync(self._fd)
+        self._rename(target, exclusive=exclusive)
+        if durable:
             sync_folder(target.parent)
         return digests
+
+    def _rename(self, target: Path, *, exclusive: bool) -> None:
+        with operation("rename", target):
+            if exclusive:
+                try:
+                    os.link(self._temporary, target)
+                except FileExistsError:
+                    self.abort()
+                    raise _Occupied from None
+                self._temporary.unlink()
+            else:
+                self._temporary.replace(target)
+            os.close(self._fd)
+            self._fd = -1
 
     def _finish(self) -> None:
         stream, self._stream = self._stream, None
@@ -335,63 +357,234 @@ def _without_file(writer: FileWriter) -> Iterator[None]:
         raise
 
 
-def write_small(path: Path, data: bytes) -> None:
-    """Write a small file whole or not at all."""
-    with FileWriter(path.parent, len(data)) as writer:
-        writer.write(memoryview(data))
-        writer.commit(path)
-
-
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def hash_file(path: Path, stop: Callable[[], bool] = bool) -> tuple[BlobDigests, FileIdentity]:
-    """Read a file once for its digests; returns the identity it had all the while.
-
-    Raises:
-        SourceChanged: it changed meanwhile.
-    """
-    buffer = memoryview(bytearray(_CHUNK_BYTES))
-    with RangeReader(path) as reader:
-        hashes = BlobHashes(reader.identity.size)
-        for begin in range(0, reader.identity.size, _CHUNK_BYTES):
-            if stop():
-                break
-            view = buffer[: min(_CHUNK_BYTES, reader.identity.size - begin)]
-            reader.read_into(begin, view)
-            hashes.update(view)
-    return hashes.result(), reader.identity
-
-
-def hash_edges(path: Path) -> tuple[Digest, Digest]:
-    """Digests of the first and last block of a file."""
-    with RangeReader(path) as reader:
-        size = reader.identity.size
-        length = min(EDGE_BYTES, size)
-        buffer = memoryview(bytearray(length))
-        found = []
-        for begin in (0, size - length):
-            reader.read_into(begin, buffer)
-            found.append(Digest("blake3", blake3(buffer).hexdigest()))
-    return found[0], found[1]
+    with operation("sync", folder):
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def remove_dead_temporaries(folder: Path) -> int:
     """Delete temporary files whose writer is gone; a living writer holds a lock on its file."""
     removed = 0
-    for path in folder.glob(f".*{_TEMPORARY}"):
+    for path in folder.glob(f"{_TEMPORARY_START}*{_TEMPORARY}"):
         with contextlib.suppress(OSError):
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
+                with operation("delete", path):
+                    path.unlink()
                 removed += 1
             finally:
                 os.close(fd)
     return removed
+
+
+class _Occupied(Exception):
+    """A file is there already."""
+
+
+def missing(name: str, path: Path) -> ObjectMissing:
+    """Build the error of a file that is not there."""
+    return ObjectMissing(errno.ENOENT, f"{name} {show(str(path), 200)} failed: there is no such file")
+
+
+class LocalFolder:
+    """A folder on this machine's disk; see `Folder`."""
+
+    traits: Final = Traits(kind="local", names_late=True, renames_folders=True)
+
+    def __init__(self, path: Path) -> None:
+        self.path: Path = path
+
+    @property
+    def url(self) -> str:
+        """The path."""
+        return str(self.path)
+
+    def exists(self) -> bool:
+        """Whether there is a folder."""
+        return self.path.is_dir()
+
+    def listing(self, prefix: str = "") -> dict[str, FileIdentity]:
+        """Every file below `prefix`; hidden folders are not entered."""
+        found: dict[str, FileIdentity] = {}
+        with operation("list", self.path / prefix):
+            for folder, folders, files in os.walk(self.path / prefix, onerror=_raise_unless_absent):
+                folders[:] = [name for name in folders if not name.startswith(".")]
+                for name in files:
+                    path = Path(folder) / name
+                    with contextlib.suppress(FileNotFoundError):
+                        found[path.relative_to(self.path).as_posix()] = identify(path, _status(path))
+        return dict(sorted(found.items()))
+
+    def identity(self, name: str) -> FileIdentity | None:
+        """The state of a file, links followed."""
+        path = self.path / name
+        with operation("look at", path):
+            try:
+                status = path.stat()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        return identify(path, status) if stat.S_ISREG(status.st_mode) else None
+
+    def check(self, name: str) -> None:
+        """Make sure that a name is a regular file inside the folder, or in the Hub's cache."""
+        try:
+            real = (self.path / name).resolve(strict=True)
+            status = real.stat()
+        except (OSError, RuntimeError) as error:
+            raise refuse("file-missing", "file is missing", file=name, way_out="fetch it again") from error
+        if not stat.S_ISREG(status.st_mode):
+            raise refuse("file-irregular", "expected a regular file", file=name)
+        if not self._contains(real):
+            raise refuse(
+                "file-outside", "it is a link that leads out of the checkpoint", file=name, way_out="copy the file in"
+            )
+
+    def _contains(self, real: Path) -> bool:
+        """Inside the folder, or among the blobs of the same repository in the Hub's cache."""
+        root = self.path.resolve()
+        in_hub_cache = root.parent.name == "snapshots" and real.is_relative_to(root.parent.parent / "blobs")
+        return real.is_relative_to(root) or in_hub_cache
+
+    def read(self, name: str, limit: int) -> bytes:
+        """Read a small file whole."""
+        path = self.path / name
+        with operation("read", path):
+            try:
+                size = path.stat().st_size
+                if size > limit:
+                    raise FileTooLarge(errno.EFBIG, f"read {show(str(path), 200)}: {size} bytes, the limit is {limit}")
+                return path.read_bytes()
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise missing("read", path) from error
+
+    def read_start(self, name: str, length: int) -> tuple[FileIdentity, bytes]:
+        """The identity and the first bytes of a file."""
+        with self.open(name) as reader:
+            data = bytearray(min(length, reader.identity.size))
+            reader.read_into(0, memoryview(data))
+        return reader.identity, bytes(data)
+
+    def open(self, name: str) -> RangeReader:
+        """Open a file for range reads."""
+        return RangeReader(self.path / name)
+
+    def prepare(self) -> None:
+        """Make the folder, private to its owner."""
+        if not self.path.is_dir():
+            with operation("create", self.path):
+                self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def put(self, name: str, data: bytes, *, durable: bool = True) -> None:
+        """Write a small file whole or not at all."""
+        with FileWriter(self.path, name, len(data)) as writer:
+            writer.write(memoryview(data))
+            writer.commit(durable=durable)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a small file whole unless one is there."""
+        with FileWriter(self.path, name, len(data)) as writer:
+            writer.write(memoryview(data))
+            try:
+                writer.commit(exclusive=True)
+            except _Occupied:
+                return False
+        return True
+
+    def writer(self, name: str, size: int, *, tags: Mapping[str, str] = {}) -> FileWriter:
+        """Start writing a file; `tags` are not kept."""
+        del tags
+        return FileWriter(self.path, name, size)
+
+    def copy_in(self, name: str, origin: Folder, origin_name: str, *, tags: Mapping[str, str] = {}) -> bool:
+        """Make a hard link where the file system allows one."""
+        del tags
+        if origin.path is None:
+            return False
+        target = self.path / name
+        with operation("link", target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(origin.path / origin_name, target)
+            except FileNotFoundError as error:
+                raise missing("link", origin.path / origin_name) from error
+            except OSError as error:
+                if error.errno not in _LINK_REFUSED:
+                    raise
+                return False
+        return True
+
+    def move(self, name: str, target: str) -> None:
+        """Rename a file."""
+        path = self.path / target
+        with operation("rename", path), contextlib.suppress(FileNotFoundError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            (self.path / name).replace(path)
+
+    def remove(self, name: str) -> None:
+        """Delete a file."""
+        with operation("delete", self.path / name):
+            (self.path / name).unlink(missing_ok=True)
+
+    def probe(self) -> list[Problem]:
+        """Write, read and delete a canary in the folder, or make the folder above it where there is none yet."""
+        existing = next(path for path in (self.path, *self.path.parents) if os.path.lexists(path))
+        path = existing / f"{_TEMPORARY_START}canary-{secrets.token_hex(12)}{_TEMPORARY}"
+        try:
+            with operation("try to write", path):
+                kept = _try_file(path)
+        except StorageFailed as error:
+            cause = error.__cause__
+            reason = (cause.strerror if isinstance(cause, OSError) else None) or error
+            return [_unwritable(existing, f"cannot be written: {reason}")]
+        return [] if kept else [_unwritable(existing, "does not keep what is written to it")]
+
+    def free_bytes(self) -> int:
+        """Free space of the file system."""
+        existing = next(path for path in (self.path, *self.path.parents) if path.exists())
+        return shutil.disk_usage(existing).free
+
+    def sweep(self, prefix: str = "", *, grace_seconds: float = 0.0) -> int:
+        """Remove temporary files whose writer is gone; a living one holds a lock."""
+        del grace_seconds
+        root = self.path / prefix
+        if not root.is_dir():
+            return 0
+        folders = (Path(folder) for folder, _, _ in os.walk(root))
+        return sum(map(remove_dead_temporaries, folders))
+
+
+def _try_file(path: Path) -> bool:
+    """Create, write, read and delete a file; it is locked, so that nobody takes it for one that a dead run left."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.write(fd, b"canary")
+        os.fsync(fd)
+        return os.pread(fd, 64, 0) == b"canary"
+    finally:
+        os.close(fd)
+        path.unlink(missing_ok=True)
+
+
+def _unwritable(path: Path, message: str) -> Problem:
+    way_out = "choose another place, or change its rights"
+    return Problem(file=str(path), kind="destination-unwritable", message=message, way_out=way_out)
+
+
+def _status(path: Path) -> os.stat_result:
+    """Of the file that a link leads to, or of the link where it leads nowhere."""
+    try:
+        return path.stat()
+    except OSError:
+        return path.lstat()
+
+
+def _raise_unless_absent(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Final
 
 from shardmill.core.header import LENGTH_BYTES, ShardHeader, header_length, parse_header, parse_json
 from shardmill.core.index import INDEX_NAME, SINGLE_NAME, CheckpointIndex, parse_index
 from shardmill.core.plan import Checkpoint, SourceShard
-from shardmill.errors import CheckpointInvalid, Problem, Refused, refuse, show
-from shardmill.storage.local import RangeReader
+from shardmill.errors import (
+    CheckpointInvalid,
+    FileTooLarge,
+    ObjectMissing,
+    Problem,
+    Refused,
+    SourceChanged,
+    refuse,
+    show,
+)
+from shardmill.storage.folder import FileIdentity, Folder, Reader
+from shardmill.storage.location import open_folder
 
 CONFIG_NAME: Final = "config.json"
 _CONFIG_LIMIT: Final = 4_000_000
 _INDEX_LIMIT: Final = 256_000_000
 _READERS: Final = 16
+_HEADER_GUESS: Final = 256 << 10
+"""Bytes of a shard that are asked for first; most headers are shorter."""
 _COPIED_NAMES: Final = frozenset(
     [
         "config.json",
@@ -49,36 +58,30 @@ _WEIGHT_SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".ggu
 
 
 class SourceFolder:
-    """A checkpoint on local disk."""
+    """A checkpoint, wherever it lies."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
 
-    def path(self, name: str) -> Path:
-        """Where a file of the checkpoint lies.
+    def check(self, name: str) -> None:
+        """Make sure that a file can be read.
 
         Raises:
             CheckpointInvalid: absent, no regular file, or it leads out of the checkpoint.
         """
-        path = self.root / name
-        try:
-            real = path.resolve(strict=True)
-            status = real.stat()
-        except (OSError, RuntimeError) as error:
-            raise refuse("file-missing", "file is missing", file=name, way_out="fetch it again") from error
-        if not stat.S_ISREG(status.st_mode):
-            raise refuse("file-irregular", "expected a regular file", file=name)
-        if not self._contains(real):
-            raise refuse(
-                "file-outside", "it is a link that leads out of the checkpoint", file=name, way_out="copy the file in"
-            )
-        return path
+        self.folder.check(name)
 
-    def _contains(self, real: Path) -> bool:
-        """Inside the checkpoint, or among the blobs of the same repository in the Hub's cache."""
-        root = self.root.resolve()
-        in_hub_cache = root.parent.name == "snapshots" and real.is_relative_to(root.parent.parent / "blobs")
-        return real.is_relative_to(root) or in_hub_cache
+    def identity(self, name: str) -> FileIdentity:
+        """The state of a file.
+
+        Raises:
+            CheckpointInvalid: absent, no regular file, or it leads out of the checkpoint.
+        """
+        self.check(name)
+        found = self.folder.identity(name)
+        if found is None:
+            raise _missing(name)
+        return found
 
     def read_text(self, name: str, limit: int) -> bytes:
         """Read a small file whole.
@@ -86,68 +89,68 @@ class SourceFolder:
         Raises:
             CheckpointInvalid: absent, or larger than `limit` bytes.
         """
-        path = self.path(name)
-        size = path.stat().st_size
-        if size > limit:
-            raise refuse("file-too-large", f"{size} bytes, the limit is {limit}", file=name)
-        return path.read_bytes()
+        self.check(name)
+        try:
+            return self.folder.read(name, limit)
+        except ObjectMissing as error:
+            raise _missing(name) from error
+        except FileTooLarge as error:
+            raise refuse("file-too-large", f"larger than the limit of {limit} bytes", file=name) from error
 
-    def open(self, name: str) -> RangeReader:
-        """Open a file for range reads."""
-        return RangeReader(self.path(name))
+    def open(self, name: str) -> Reader:
+        """Open a file for range reads.
+
+        Raises:
+            CheckpointInvalid: absent, no regular file, or it leads out of the checkpoint.
+        """
+        self.check(name)
+        try:
+            return self.folder.open(name)
+        except ObjectMissing as error:
+            raise _missing(name) from error
 
     def read_header(self, name: str) -> SourceShard:
-        """Read the header of one shard.
+        """Read the header of one shard, mostly in one request.
 
         Raises:
             CheckpointInvalid: absent, truncated or malformed.
         """
-        with self.open(name) as reader:
-            size = reader.identity.size
-            head = memoryview(bytearray(min(LENGTH_BYTES, size)))
-            reader.read_into(0, head)
-            data = memoryview(bytearray(header_length(bytes(head), size, file=name)))
-            reader.read_into(LENGTH_BYTES, data)
-        return SourceShard(name, size, parse_header(bytes(data), size, file=name))
+        self.check(name)
+        try:
+            identity, start = self.folder.read_start(name, _HEADER_GUESS)
+            length = header_length(start[:LENGTH_BYTES], identity.size, file=name)
+            if LENGTH_BYTES + length > len(start):
+                again, start = self.folder.read_start(name, LENGTH_BYTES + length)
+                if again != identity:
+                    raise SourceChanged(f"{show(identity.url, 200)} changed while it was read; run again")
+        except ObjectMissing as error:
+            raise _missing(name) from error
+        data = start[LENGTH_BYTES : LENGTH_BYTES + length]
+        return SourceShard(name, identity.size, parse_header(data, identity.size, file=name))
 
     def names(self) -> tuple[str, ...]:
-        """Every file below the root as a relative path, sorted; hidden folders are not entered."""
-        found: list[str] = []
-        for folder, folders, files in os.walk(self.root):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            found += [str((Path(folder) / name).relative_to(self.root)) for name in files]
-        return tuple(sorted(found))
+        """Every file of the checkpoint as a relative path, sorted; hidden folders are not entered."""
+        return tuple(name for name in self.folder.listing() if not any(map(_is_hidden, name.split("/")[:-1])))
+
+
+def _is_hidden(part: str) -> bool:
+    return part.startswith(".")
+
+
+def _missing(name: str) -> CheckpointInvalid:
+    return refuse("file-missing", "file is missing", file=name, way_out="fetch it again")
 
 
 def open_source(url: str) -> SourceFolder:
     """Open a source by path or URL.
 
     Raises:
-        CheckpointInvalid: no such folder.
+        CheckpointInvalid: no such folder, or no such kind of location.
     """
-    path = local_path(url)
-    if not path.is_dir():
+    folder = open_folder(url)
+    if not folder.exists():
         raise refuse("source-missing", "expected a folder with safetensors shards, config.json and tokenizer", file=url)
-    return SourceFolder(path)
-
-
-def local_path(url: str) -> Path:
-    """Turn a path or `file://` URL into a path.
-
-    Raises:
-        CheckpointInvalid: a URL of another kind.
-    """
-    scheme, separator, rest = url.partition("://")
-    if not separator:
-        return Path(url).expanduser().absolute()
-    if scheme == "file":
-        return Path(rest).absolute()
-    raise refuse(
-        "location",
-        f"locations of kind {show(scheme)} are not supported by this version",
-        file=url,
-        way_out="use a path",
-    )
+    return SourceFolder(folder)
 
 
 def read_checkpoint(source: SourceFolder) -> Checkpoint:
@@ -246,7 +249,7 @@ def _regular(source: SourceFolder, names: Iterable[str], problems: list[Problem]
     found = []
     for name in names:
         try:
-            source.path(name)
+            source.check(name)
         except CheckpointInvalid as error:
             problems += error.problems
         else:

@@ -1,10 +1,11 @@
 """The store: blobs named by job key, receipts that vouch for them, and remembered digests of source files.
 
-    blobs/<key>.safetensors      the bytes of one output shard, read-only
+    blobs/<stem>.safetensors     the bytes of one output shard, read-only; the stem is the job key, see `Receipt.stem`
     receipts/<key>.json          written after its blob, never before
-    digests/<identity>.json      BLAKE3 of a source file by path, device, inode, size and times
+    digests/<identity>.json      digest of a source file by what tells its states apart: inode and times, or ETag
     shapes/<shape>               an empty file for every job, its sources left out, that has a receipt
     verified/<key>.json          the state in which a blob was last found to be the one of its receipt
+    published/<destination>.json the jobs whose results were published somewhere
     set-aside/                   blobs whose check failed
 
 A hit = the receipt parses, its key is the one asked for, and the blob has the recorded size and digests. Anything less
@@ -14,30 +15,23 @@ No locks: every write that counts appears whole under its name, and equal keys m
 
 from __future__ import annotations
 
+import io
 import json
 import logging
-import os
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import IO, Final
 
 from shardmill.core.digest import Digest, canonical_json, digest_json
 from shardmill.core.plan import ShardPlan
 from shardmill.core.receipt import Receipt, parse_receipt
-from shardmill.errors import Problem, SourceChanged, show
-from shardmill.storage.local import (
-    FileIdentity,
-    FileWriter,
-    hash_edges,
-    hash_file,
-    operation,
-    remove_dead_temporaries,
-    write_small,
-)
+from shardmill.errors import ObjectMissing, Problem, SourceChanged, StorageFailed, StorageUnavailable, show
+from shardmill.storage.folder import FileIdentity, Folder, Writer
+from shardmill.storage.hashing import hash_edges, hash_file
+from shardmill.storage.operations import operation
 from shardmill.storage.source import SourceFolder
 
 log = logging.getLogger(__name__)
@@ -46,7 +40,24 @@ FAST: Final = "fast"
 FULL: Final = "full"
 _FRESH_NS: Final = 2_000_000_000
 """Files younger than this are not remembered: a later write may keep their modification time."""
-_PARTS: Final = ("blobs", "receipts", "digests", "shapes", "verified", "set-aside")
+_SMALL_LIMIT: Final = 512_000_000
+"""Bytes of a receipt; it holds the names of all tensors of a shard."""
+_MEMO_LIMIT: Final = 64_000
+_EARLY: Final = "f-"
+"""Begins the stem of a blob that was named by fingerprints of its sources."""
+
+
+def blob_name(stem: str) -> str:
+    """Where a blob lies in the store."""
+    return f"blobs/{stem}.safetensors"
+
+
+def _receipt_name(key: str) -> str:
+    return f"receipts/{key}.json"
+
+
+def _key_of(name: str) -> str:
+    return name.rpartition("/")[2].partition(".")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +82,10 @@ class Entry:
 
 
 class Store:
-    """A store in a local folder."""
+    """A store in a folder of any storage that can be written."""
 
-    def __init__(self, root: Path, *, verify: str = FAST) -> None:
-        self.root = root
+    def __init__(self, folder: Folder, *, verify: str = FAST) -> None:
+        self.folder = folder
         self.verify_level = verify
         self._trusted: dict[str, Receipt] = {}
         """By key: receipts whose blob this process has verified or written."""
@@ -82,50 +93,66 @@ class Store:
         """Remembered digests that this process has looked up."""
 
     def prepare(self) -> None:
-        """Create the folders, private to their owner, and remove temporary files of dead writers.
+        """Make the folder, private to its owner, and remove what dead writers left.
 
         Raises:
             StorageFailed: the store cannot be created.
         """
-        with operation("create", self.root):
-            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for part in _PARTS:
-                (self.root / part).mkdir(exist_ok=True)
-        for part in _PARTS:
-            remove_dead_temporaries(self.root / part)
+        self.folder.prepare()
+        self.folder.sweep()
 
-    def blob_path(self, key: str) -> Path:
-        """Where the blob of a job lies."""
-        return self.root / "blobs" / f"{key}.safetensors"
+    def exists(self) -> bool:
+        """Whether there is a store."""
+        return bool(self.folder.listing("receipts/")) or bool(self.folder.listing("blobs/"))
 
-    def receipt_path(self, key: str) -> Path:
-        """Where the receipt of a job lies."""
-        return self.root / "receipts" / f"{key}.json"
+    def writer(self, key: str, size: int) -> Writer:
+        """Start writing a blob of `size` bytes; see `stem` for its name."""
+        return self.folder.writer(blob_name(key), size, tags={"key": key})
 
-    def writer(self, size: int) -> FileWriter:
-        """Start writing a blob, whose key may be told when it is committed; `size` in bytes is known from the plan."""
-        return FileWriter(self.root / "blobs", size)
+    def stem(self, shard: ShardPlan, digests: Mapping[str, Digest], identities: Mapping[str, FileIdentity]) -> str:
+        """Name of the blob of a job whose sources may not be known by content yet; empty if it can be told later.
+
+        The same states of the same files give the same name, so a job that is done again replaces what it left.
+        """
+        if all(name in digests for name in shard.sources):
+            return shard.job_key({name: str(digests[name]) for name in shard.sources})
+        if self.folder.traits.names_late:
+            return ""
+        return _EARLY + shard.job_key({name: f"state:{identities[name].fingerprint()}" for name in shard.sources})
 
     def new_scratch(self) -> IO[bytes]:
-        """Make a nameless file that is gone when it is closed.
+        """Make a nameless file that is gone when it is closed; in memory where the store is not on disk.
 
         Raises:
             StorageFailed: the file system refuses.
         """
-        with operation("create", self.root / "blobs"):
-            return tempfile.TemporaryFile(dir=self.root / "blobs")
+        if self.folder.path is None:
+            return io.BytesIO()
+        with operation("create", self.folder.path / "blobs"):
+            (self.folder.path / "blobs").mkdir(exist_ok=True)
+            return tempfile.TemporaryFile(dir=self.folder.path / "blobs")
 
     def may_hold(self, shape: str) -> bool:
         """Whether some source's result of a job of this shape was ever stored; see `ShardPlan.shape`."""
-        return (self.root / "shapes" / shape).exists()
+        return self.folder.identity(f"shapes/{shape}") is not None
 
-    def put_receipt(self, receipt: Receipt, shape: str) -> None:
-        """Vouch for a blob that is durable, the result of a job of a shape."""
-        with operation("create", self.root / "shapes"):
-            (self.root / "shapes" / shape).touch()
-        write_small(self.receipt_path(receipt.key), receipt.to_bytes())
-        self._backdate(receipt.key)
-        self._trust(receipt, self._blob_state(receipt.key))
+    def put_receipt(self, receipt: Receipt, shape: str) -> Receipt:
+        """Vouch for a blob that is durable, the result of a job of a shape.
+
+        Returns:
+            The receipt that counts: another run may have been first, under another name of the blob.
+        """
+        self.folder.put(f"shapes/{shape}", b"", durable=False)
+        if not self.folder.create(_receipt_name(receipt.key), receipt.to_bytes()):
+            first = self._read_receipt(receipt.key)
+            if first is not None and first.blob == receipt.blob and self._blob_state(first) is not None:
+                if first.blob_stem != receipt.blob_stem:
+                    self.folder.remove(blob_name(receipt.blob_stem))
+                receipt = first
+            else:
+                self.folder.put(_receipt_name(receipt.key), receipt.to_bytes())
+        self._trust(receipt, self._blob_state(receipt))
+        return receipt
 
     def lookup(self, key: str) -> Receipt | None:
         """Return the receipt of a job when its blob can be trusted; a failed check is a warned miss."""
@@ -134,16 +161,16 @@ class Store:
         receipt = self._read_receipt(key)
         if receipt is None:
             return None
-        state = self._blob_state(key)
+        state = self._blob_state(receipt)
         if state is not None and self._is_verified(receipt, state):
             self._trusted[key] = receipt
             return receipt
-        defect = self._blob_defect(receipt, full=self.verify_level == FULL)
+        defect = self._blob_defect(receipt, state, full=self.verify_level == FULL)
         if defect is None:
             self._trust(receipt, state)
             return receipt
         log.warning("store: blob %s %s; it is set aside and the shard is done again", key[:12], defect)
-        self._set_aside(key)
+        self._set_aside(receipt)
         return None
 
     def known_job(self, shard: ShardPlan, source: SourceFolder) -> KnownJob | None:
@@ -154,7 +181,7 @@ class Store:
         """
         digests: dict[str, str] = {}
         for name in shard.sources:
-            digest = self.known_digest(source.path(name))
+            digest = self.known_digest(source.identity(name))
             if digest is None:
                 return None
             digests[name] = str(digest)
@@ -167,31 +194,27 @@ class Store:
             CheckpointInvalid: a source shard is gone.
         """
         job = self.known_job(shard, source)
-        return None if job is None else self.receipt_path(job.key).exists() and self.blob_path(job.key).exists()
+        if job is None or job.key in self._trusted:
+            return None if job is None else True
+        if self.folder.identity(_receipt_name(job.key)) is None:
+            return False
+        if self.folder.traits.names_late:
+            return self.folder.identity(blob_name(job.key)) is not None
+        receipt = self._read_receipt(job.key)
+        return receipt is not None and self._blob_state(receipt) is not None
 
-    def _backdate(self, key: str) -> None:
-        """Set a new blob's modification time back: no later write can keep it, so the blob is remembered at once."""
-        with suppress(OSError):
-            status = self.blob_path(key).stat()
-            os.utime(self.blob_path(key), ns=(status.st_atime_ns, status.st_mtime_ns - 2 * _FRESH_NS))
-
-    def _memo_path(self, key: str) -> Path:
-        return self.root / "verified" / f"{key}.json"
-
-    def _blob_state(self, key: str) -> FileIdentity | None:
-        path = self.blob_path(key)
-        try:
-            return FileIdentity.of(path, path.stat())
-        except OSError:
-            return None
+    def _blob_state(self, receipt: Receipt) -> FileIdentity | None:
+        return self.folder.identity(blob_name(receipt.blob_stem))
 
     def _is_verified(self, receipt: Receipt, state: FileIdentity) -> bool:
         """Whether the blob is in the state in which it was found to be the one of this receipt."""
         if self.verify_level == FULL or state.size != receipt.blob.size:
             return False
         try:
-            return self._memo_path(receipt.key).read_bytes() == _memo(receipt, state)
-        except OSError:
+            return self.folder.read(f"verified/{receipt.key}.json", _MEMO_LIMIT) == _memo(receipt, state)
+        except StorageUnavailable:
+            raise
+        except StorageFailed:
             return False
 
     def _trust(self, receipt: Receipt, state: FileIdentity | None) -> None:
@@ -200,24 +223,29 @@ class Store:
         A torn memo equals no state, so it is written without the cost of making it durable.
         """
         self._trusted[receipt.key] = receipt
-        if state is None or time.time_ns() - state.mtime_ns <= _FRESH_NS:
+        if state is None or not _is_settled(state.mtime_ns):
             return
         memo = _memo(receipt, state)
-        after = self._blob_state(receipt.key)
+        if self.folder.traits.is_remote:
+            after: FileIdentity | None = state  # its version cannot be kept by a later write
+        else:
+            after = self._blob_state(receipt)
         if after is not None and _memo(receipt, after) == memo:
-            with suppress(OSError):
-                self._memo_path(receipt.key).write_bytes(memo)
+            with suppress(StorageFailed):
+                self.folder.put(f"verified/{receipt.key}.json", memo, durable=False)
 
     def _forget(self, key: str) -> None:
         self._trusted.pop(key, None)
-        self._memo_path(key).unlink(missing_ok=True)
+        self.folder.remove(f"verified/{key}.json")
 
     def _read_receipt(self, key: str) -> Receipt | None:
         try:
-            receipt = parse_receipt(self.receipt_path(key).read_bytes())
-        except FileNotFoundError:
+            receipt = parse_receipt(self.folder.read(_receipt_name(key), _SMALL_LIMIT))
+        except ObjectMissing:
             return None
-        except (OSError, ValueError) as error:
+        except StorageUnavailable:
+            raise
+        except (StorageFailed, ValueError) as error:
             log.warning("store: receipt %s cannot be used: %s; the shard is done again", key[:12], error)
             return None
         if receipt.key != key:
@@ -225,103 +253,164 @@ class Store:
             return None
         return receipt
 
-    def _blob_defect(self, receipt: Receipt, *, full: bool) -> str | None:
-        path = self.blob_path(receipt.key)
+    def _blob_defect(self, receipt: Receipt, state: FileIdentity | None, *, full: bool) -> str | None:
+        if state is None:
+            return "is gone"
+        if state.size != receipt.blob.size:
+            return f"has {state.size} bytes, its receipt says {receipt.blob.size}"
+        name = blob_name(receipt.blob_stem)
         try:
-            size = path.stat().st_size
-            if size != receipt.blob.size:
-                return f"has {size} bytes, its receipt says {receipt.blob.size}"
             if full:
-                same = hash_file(path)[0] == receipt.blob
+                same = hash_file(self.folder, name)[0] == receipt.blob
             else:
-                same = hash_edges(path) == (receipt.blob.head, receipt.blob.tail)
-        except (OSError, SourceChanged) as error:
+                same = hash_edges(self.folder, name) == (receipt.blob.head, receipt.blob.tail)
+        except StorageUnavailable:
+            raise
+        except (StorageFailed, SourceChanged) as error:
             return f"cannot be read: {error}"
         return None if same else "does not have the digest of its receipt"
 
-    def _set_aside(self, key: str) -> None:
-        self._forget(key)
-        self.receipt_path(key).unlink(missing_ok=True)
-        blob = self.blob_path(key)
-        if blob.exists():
-            blob.replace(self.root / "set-aside" / f"{key}.{time.time_ns()}")
+    def _set_aside(self, receipt: Receipt) -> None:
+        self._forget(receipt.key)
+        self.folder.remove(_receipt_name(receipt.key))
+        self.folder.move(blob_name(receipt.blob_stem), f"set-aside/{receipt.blob_stem}.{time.time_ns()}")
 
-    def source_digest(self, path: Path, *, stop: Callable[[], bool] = bool) -> tuple[Digest, FileIdentity, bool]:
-        """Digest of a source file: remembered by its identity, else read once.
+    def source_digest(
+        self, source: SourceFolder, name: str, *, stop: Callable[[], bool] = bool
+    ) -> tuple[Digest, FileIdentity, bool]:
+        """Digest of a source file: told by its storage, remembered by its identity, else read once.
 
         Returns:
             The digest, the identity of the file it belongs to, and whether bytes were read for it.
         """
-        identity = FileIdentity.of(path, path.stat())
-        if self.verify_level != FULL and (known := self._remembered(identity)) is not None:
+        identity = source.identity(name)
+        if (self.verify_level != FULL or identity.digest) and (known := self.known_digest(identity)) is not None:
             return known, identity, False
-        digests, identity = hash_file(path, stop)
-        self.remember(identity, digests.whole)
+        digests, identity = hash_file(source.folder, name, stop)
+        if not stop():
+            self.remember(identity, digests.whole)
         return digests.whole, identity, True
 
     def remember(self, identity: FileIdentity, digest: Digest) -> None:
         """Keep the digest of a source file, unless the file is so young that a later write may go unnoticed."""
-        if time.time_ns() - max(identity.mtime_ns, identity.ctime_ns) > _FRESH_NS:
-            write_small(self._digest_path(identity), json.dumps({"digest": str(digest)}).encode())
+        if identity.digest is None and _is_settled(max(identity.mtime_ns, identity.ctime_ns)):
+            self.folder.put(_digest_name(identity), json.dumps({"digest": str(digest)}).encode())
             self._digests[identity] = digest
 
-    def known_digest(self, path: Path) -> Digest | None:
-        """Digest of a source file if it is remembered; never reads the file."""
-        return self._remembered(FileIdentity.of(path, path.stat()))
-
-    def _digest_path(self, identity: FileIdentity) -> Path:
-        return self.root / "digests" / f"{digest_json(asdict(identity))}.json"
-
-    def _remembered(self, identity: FileIdentity) -> Digest | None:
-        found = self._digests.get(identity) or _read_memo(self._digest_path(identity))
+    def known_digest(self, identity: FileIdentity) -> Digest | None:
+        """Digest of a source file if its storage tells it or it is remembered; never reads the file."""
+        if identity.digest is not None:
+            return identity.digest
+        found = self._digests.get(identity) or self._remembered(_digest_name(identity))
         if found is not None:
             self._digests[identity] = found
         return found
 
+    def _remembered(self, name: str) -> Digest | None:
+        try:
+            return Digest.parse(str(json.loads(self.folder.read(name, _MEMO_LIMIT))["digest"]))
+        except ObjectMissing:
+            return None
+        except StorageUnavailable:
+            raise
+        except (StorageFailed, ValueError, KeyError, TypeError) as error:
+            log.warning("store: remembered digest %s cannot be used: %s", show(name), error)
+            return None
+
     def entries(self) -> Iterator[Entry]:
         """Every receipt whose blob is there, sorted by key."""
-        for path in sorted((self.root / "receipts").glob("*.json")):
-            blob = self.blob_path(path.stem)
-            if blob.exists():
-                status = blob.stat()
-                yield Entry(path.stem, status.st_size, path.stat().st_mtime, status.st_nlink > 1)
+        blobs = self.folder.listing("blobs/")
+        published = self._published()
+        for name, state in self.folder.listing("receipts/").items():
+            key = _key_of(name)
+            blob = blobs.get(blob_name(key)) or self._early_blob(key, blobs)
+            if blob is not None:
+                yield Entry(key, blob.size, state.modified, blob.links > 1 or key in published)
+
+    def _early_blob(self, key: str, blobs: Mapping[str, FileIdentity]) -> FileIdentity | None:
+        """The blob of a job that was named by fingerprints."""
+        if not any(name.startswith(blob_name(_EARLY)[: -len(".safetensors")]) for name in blobs):
+            return None
+        receipt = self._read_receipt(key)
+        return blobs.get(blob_name(receipt.blob_stem)) if receipt else None
 
     def verify(self) -> list[Problem]:
         """Read every blob whole and compare it with its receipt; bad ones are no longer remembered as verified."""
         problems = []
-        for path in sorted((self.root / "receipts").glob("*.json")):
-            receipt = self._read_receipt(path.stem)
-            defect = "has an unusable receipt" if receipt is None else self._blob_defect(receipt, full=True)
+        for name in self.folder.listing("receipts/"):
+            key = _key_of(name)
+            receipt = self._read_receipt(key)
+            if receipt is None:
+                defect: str | None = "has an unusable receipt"
+            else:
+                defect = self._blob_defect(receipt, self._blob_state(receipt), full=True)
             if defect:
-                self._forget(path.stem)
+                self._forget(key)
                 problems.append(
                     Problem(
-                        file=path.stem,
-                        kind="store-corrupt",
-                        message=f"blob {defect}",
-                        way_out="it is redone when asked for",
+                        file=key, kind="store-corrupt", message=f"blob {defect}", way_out="it is redone when asked for"
                     )
                 )
         return problems
 
+    def note_publication(self, destination: str, plan: str, keys: Collection[str]) -> None:
+        """Remember which jobs a destination was made of, for `collect`."""
+        document = {"destination": destination, "plan": plan, "keys": sorted(keys)}
+        self.folder.put(f"published/{digest_json(destination)}.json", canonical_json(document), durable=False)
+
+    def publications(self) -> Iterator[tuple[str, str, frozenset[str]]]:
+        """Destinations that results were published to, with the plan and the job keys of each."""
+        for name in self.folder.listing("published/"):
+            try:
+                raw = json.loads(self.folder.read(name, _SMALL_LIMIT))
+                yield str(raw["destination"]), str(raw["plan"]), frozenset(map(str, raw["keys"]))
+            except (ValueError, KeyError, TypeError) as error:
+                log.warning("store: %s cannot be used: %s", show(name), error)
+
+    def _published(self) -> frozenset[str]:
+        return frozenset().union(*(keys for _, _, keys in self.publications()))
+
+    def forget_publication(self, destination: str) -> None:
+        """A destination does not hold its result any more."""
+        self.folder.remove(f"published/{digest_json(destination)}.json")
+
     def collect(self, *, older_than: float, keep: Collection[str] = ()) -> list[Entry]:
-        """Delete what is older than `older_than` seconds, not linked by a destination and not in `keep`.
+        """Delete what is older than `older_than` seconds, not in use by a destination and not in `keep`.
 
         The receipt goes before its blob, so that no receipt ever speaks of a blob that is gone.
         """
         limit = time.time() - older_than
         doomed = [e for e in self.entries() if not e.is_published and e.key not in keep and e.modified < limit]
         for entry in doomed:
+            receipt = self._read_receipt(entry.key)
             self._forget(entry.key)
-            self.receipt_path(entry.key).unlink(missing_ok=True)
-            self.blob_path(entry.key).unlink(missing_ok=True)
-        for path in (self.root / "blobs").glob("*.safetensors"):
-            orphaned = not self.receipt_path(path.stem).exists() and path.stat().st_nlink == 1
-            if orphaned and path.stat().st_mtime < limit:
-                self._forget(path.stem)
-                doomed.append(Entry(path.stem, path.stat().st_size, path.stat().st_mtime, is_published=False))
-                path.unlink(missing_ok=True)
+            self.folder.remove(_receipt_name(entry.key))
+            self.folder.remove(blob_name(receipt.blob_stem if receipt else entry.key))
+        return doomed + self._collect_orphans(limit)
+
+    def _collect_orphans(self, limit: float) -> list[Entry]:
+        """Blobs of which no receipt speaks, and blobs that were set aside."""
+        blobs = self.folder.listing("blobs/")
+        keys = [_key_of(name) for name in self.folder.listing("receipts/")]
+        stems = {*keys}
+        if any(_key_of(name).startswith(_EARLY) for name in blobs):
+            stems |= {receipt.stem for key in keys if (receipt := self._read_receipt(key))}
+        doomed = []
+        for name, state in (blobs | self.folder.listing("set-aside/")).items():
+            if _key_of(name) not in stems and state.links == 1 and state.modified < limit:
+                self._forget(_key_of(name))
+                self.folder.remove(name)
+                doomed.append(Entry(_key_of(name), state.size, state.modified, is_published=False))
         return doomed
+
+
+def _digest_name(identity: FileIdentity) -> str:
+    return f"digests/{identity.fingerprint()}.json"
+
+
+def _is_settled(changed_ns: int) -> bool:
+    """Whether a state is so old that a later write cannot be taken for it; 0 where no write ever can."""
+    return time.time_ns() - changed_ns > _FRESH_NS
 
 
 def _memo(receipt: Receipt, state: FileIdentity) -> bytes:
@@ -329,35 +418,6 @@ def _memo(receipt: Receipt, state: FileIdentity) -> bytes:
 
     The status change time is left out: publishing and removing a result change it, as the blob gains or loses a name.
     """
-    found = {name: value for name, value in asdict(state).items() if name != "ctime_ns"}
     blob = receipt.blob
+    found = {"state": state.fingerprint(with_ctime=False)}
     return canonical_json(found | {"whole": str(blob.whole), "head": str(blob.head), "tail": str(blob.tail)})
-
-
-def _read_memo(path: Path) -> Digest | None:
-    try:
-        return Digest.parse(str(json.loads(path.read_bytes())["digest"]))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("store: remembered digest %s cannot be used: %s", show(path.name), error)
-        return None
-
-
-def default_root(destination: Path) -> Path:
-    """The store beside a destination: the same file system, so that publishing is a hard link."""
-    return destination.parent / FOLDER_NAME
-
-
-def check_location(store: Path, source: Path) -> list[Problem]:
-    """A store inside the source would change what is read."""
-    if store.resolve().is_relative_to(source.resolve()):
-        return [
-            Problem(
-                file=str(store),
-                kind="store-in-source",
-                message="the store lies inside the source",
-                way_out="set --store",
-            )
-        ]
-    return []
