@@ -43,6 +43,8 @@ def finalize(
         raise ShardmillError(f"{len(missing)} shards have no result, the first is {show(missing[0])}")
     files = _file_digests(plan, source)
     document = _manifest(plan, outcomes, files)
+    keys = [receipt.key for receipt in receipts.values()]
+    store.note_publication(str(parse_location(locations.destination)), document["plan"], keys)
     if not is_published(destination, document):
         if not destination.is_free():
             raise in_use(destination.url, "it holds the result of another plan")
@@ -54,8 +56,6 @@ def finalize(
             config=assemble.encode_document(assemble.config_document(plan)),
         )
         _publish(destination, release, claim, document)
-    keys = [receipt.key for receipt in receipts.values()]
-    store.note_publication(str(parse_location(locations.destination)), document["plan"], keys)
     return document
 
 

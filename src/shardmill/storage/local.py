@@ -14,6 +14,7 @@ import shutil
 import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, cast
@@ -34,8 +35,7 @@ _DIRECT_BLOCKS: Final = 4
 """What a file that is written past the page cache may have on its way to the disk."""
 _ALIGNMENT: Final = 4096
 """Of memory, offsets and lengths that bypass the page cache; a multiple of every disk's block."""
-_TEMPORARY_START: Final = ".shardmill-"
-_TEMPORARY: Final = ".tmp"
+_TEMPORARY: Final = ".shardmill-*.tmp"
 
 
 _BACKDATED_NS: Final = 4_000_000_000
@@ -230,7 +230,7 @@ class FileWriter:
     def __init__(self, root: Path, name: str, size: int, *, mode: int = 0o666) -> None:
         self._root, self._name = root, name
         folder = (root / name).parent
-        self._temporary = folder / f"{_TEMPORARY_START}{secrets.token_hex(12)}{_TEMPORARY}"
+        self._temporary = folder / _TEMPORARY.replace("*", secrets.token_hex(12))
         self._hashes = BlobHashes(size)
         self._stream: _Stream | _DirectStream | None = None
         if not folder.is_dir():
@@ -370,7 +370,7 @@ def sync_folder(folder: Path) -> None:
 def remove_dead_temporaries(folder: Path) -> int:
     """Delete temporary files whose writer is gone; a living writer holds a lock on its file."""
     removed = 0
-    for path in folder.glob(f"{_TEMPORARY_START}*{_TEMPORARY}"):
+    for path in folder.glob(_TEMPORARY):
         with contextlib.suppress(OSError):
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
@@ -416,6 +416,8 @@ class LocalFolder:
             for folder, folders, files in os.walk(self.path / prefix, onerror=_raise_unless_absent):
                 folders[:] = [name for name in folders if not name.startswith(".")]
                 for name in files:
+                    if fnmatchcase(name, _TEMPORARY):
+                        continue  # no file yet
                     path = Path(folder) / name
                     with contextlib.suppress(FileNotFoundError):
                         found[path.relative_to(self.path).as_posix()] = identify(path, _status(path))
@@ -534,7 +536,7 @@ class LocalFolder:
     def probe(self) -> list[Problem]:
         """Write, read and delete a canary in the folder, or make the folder above it where there is none yet."""
         existing = next(path for path in (self.path, *self.path.parents) if os.path.lexists(path))
-        path = existing / f"{_TEMPORARY_START}canary-{secrets.token_hex(12)}{_TEMPORARY}"
+        path = existing / _TEMPORARY.replace("*", f"canary-{secrets.token_hex(12)}")
         try:
             with operation("try to write", path):
                 kept = _try_file(path)

@@ -19,7 +19,7 @@ MEMORY: Final = "memory"
 S3: Final = "s3"
 HUB: Final = "hf"
 _KINDS: Final = (LOCAL, MEMORY, S3, HUB)
-_BUCKET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
+_BUCKET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
 _REPOSITORY: Final = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([^@/\s][^@\s]*?))?", re.ASCII)
 
 
