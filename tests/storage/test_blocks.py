@@ -1,0 +1,456 @@
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shardmill.errors import SourceChanged, StorageFailed, StorageUnavailable, TransferDamaged
+from shardmill.storage.blocks import BlockReader
+from shardmill.storage.folder import FileIdentity, Reader
+
+DATA = np.random.default_rng(1).bytes(1 << 16)
+BLOCK = 1 << 10
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(8) as made:
+        yield made
+
+
+def identity(size: int, url: str = "s3://b/model.safetensors") -> FileIdentity:
+    return FileIdentity(url=url, version="1", size=size)
+
+
+class Server:
+    """Serves bytes; remembers every request and every buffer it was given."""
+
+    def __init__(self, data: bytes = DATA) -> None:
+        self.data = data
+        self.starts: list[int] = []
+        self.lengths: list[int] = []
+        self.buffers: dict[int, object] = {}
+        self.errors: dict[int, Exception] = {}
+        """By start: the failure of the next request."""
+        self.flips: dict[int, int] = {}
+        """By start: how many requests are answered wrong."""
+
+    def submit(self, start: int, view: memoryview) -> Future[None]:
+        self.note(start, view)
+        future: Future[None] = Future()
+        self.answer(start, view, future)
+        return future
+
+    def note(self, start: int, view: memoryview) -> None:
+        self.starts.append(start)
+        self.lengths.append(len(view))
+        self.buffers[id(view.obj)] = view.obj
+
+    def answer(self, start: int, view: memoryview, future: Future[None]) -> None:
+        error = self.errors.pop(start, None)
+        if error is not None:
+            future.set_exception(error)
+            return
+        self.fill(start, view)
+        future.set_result(None)
+
+    def fill(self, start: int, view: memoryview) -> None:
+        view[:] = self.data[start : start + len(view)]
+        if self.flips.get(start, 0) > 0:
+            self.flips[start] -= 1
+            view[-1] ^= 1
+
+
+class Held(Server):
+    """Answers only when told to."""
+
+    def __init__(self, data: bytes = DATA) -> None:
+        super().__init__(data)
+        self.waiting: dict[int, tuple[memoryview, Future[None]]] = {}
+        self.arrived = threading.Semaphore(0)
+
+    def submit(self, start: int, view: memoryview) -> Future[None]:
+        self.note(start, view)
+        future: Future[None] = Future()
+        self.waiting[start] = (view, future)
+        self.arrived.release()
+        return future
+
+    def release(self, start: int) -> None:
+        view, future = self.waiting.pop(start)
+        if future.set_running_or_notify_cancel():
+            self.answer(start, view, future)
+
+
+def open_(
+    submit: Callable[[int, memoryview], Future[None]],
+    *,
+    size: int = len(DATA),
+    block_bytes: int = BLOCK,
+    blocks: int = 4,
+    on_close: Callable[[], None] = lambda: None,
+) -> BlockReader:
+    return BlockReader(identity(size), submit, block_bytes=block_bytes, blocks=blocks, on_close=on_close)
+
+
+def take(reader: Reader, offset: int, length: int) -> bytes:
+    found = bytearray(length)
+    reader.read_into(offset, memoryview(found))
+    return bytes(found)
+
+
+def numbers(server: Server, since: int = 0) -> list[int]:
+    return [start // BLOCK for start in server.starts[since:]]
+
+
+# ---- the same as plain bytes ------------------------------------------------------------------------------------
+
+
+@st.composite
+def reads(draw: st.DrawFn) -> tuple[int, list[tuple[int, int]]]:
+    """A size, and ranges within it: forward pieces, jumps, and the same piece again."""
+    size = draw(st.integers(0, 5000))
+    found: list[tuple[int, int]] = []
+    position = 0
+    for _ in range(draw(st.integers(1, 12))):
+        how = draw(st.sampled_from(["on", "jump", "again"]))
+        offset = position if how == "on" else draw(st.integers(0, size))
+        if how == "again" and found:
+            offset = found[-1][0]
+        length = draw(st.integers(0, size - offset))
+        found.append((offset, length))
+        position = offset + length
+    return size, found
+
+
+@settings(max_examples=200, deadline=None)
+@given(plan=reads(), block_bytes=st.integers(1, 700), blocks=st.integers(1, 6), seed=st.integers(0, 1 << 20))
+def test_reads_are_those_of_the_bytes_within_the_budget(
+    pool: ThreadPoolExecutor, plan: tuple[int, list[tuple[int, int]]], block_bytes: int, blocks: int, seed: int
+) -> None:
+    size, ranges = plan
+    server, delays, flying = Server(DATA[:size]), np.random.default_rng(seed), list[Future[None]]()
+    writing = set[int]()
+
+    def serve(start: int, view: memoryview) -> None:
+        writing.add(start)
+        time.sleep(delays.random() * 1e-4)
+        server.fill(start, view)
+        writing.remove(start)
+
+    def submit(start: int, view: memoryview) -> Future[None]:
+        server.note(start, view)
+        flying[:] = [future for future in flying if not future.done()]
+        assert len(flying) < blocks
+        flying.append(pool.submit(serve, start, view))
+        return flying[-1]
+
+    with open_(submit, size=size, block_bytes=block_bytes, blocks=blocks) as reader:
+        for offset, length in ranges:
+            assert take(reader, offset, length) == DATA[offset : offset + length]
+        assert reader.bytes_read == sum(length for _, length in ranges)
+    assert not writing
+    assert all(future.done() for future in flying)
+    assert all(start % block_bytes == 0 for start in server.starts)
+    assert all(start + length <= size for start, length in zip(server.starts, server.lengths, strict=True))
+
+
+def test_threads_that_read_at_once_get_their_bytes(pool: ThreadPoolExecutor) -> None:
+    def serve(start: int, view: memoryview) -> None:
+        time.sleep(1e-4)
+        view[:] = DATA[start : start + len(view)]
+
+    def work(seed: int) -> list[tuple[int, bytes]]:
+        found = []
+        for offset, length in np.random.default_rng(seed).integers(5000, size=(40, 2)).tolist():
+            found.append((offset, take(reader, offset, length)))
+        return found
+
+    with (
+        open_(lambda start, view: pool.submit(serve, start, view), blocks=2) as reader,
+        ThreadPoolExecutor(6) as readers,
+    ):
+        results = list(readers.map(work, range(6)))
+    assert all(data == DATA[offset : offset + len(data)] for found in results for offset, data in found)
+
+
+# ---- what is fetched --------------------------------------------------------------------------------------------
+
+
+def test_a_small_file_takes_one_short_request() -> None:
+    server = Server(DATA[:100])
+    with open_(server.submit, size=100, block_bytes=8 << 20) as reader:
+        assert take(reader, 0, 100) == DATA[:100]
+    assert (server.starts, server.lengths) == ([0], [100])
+    [buffer] = server.buffers.values()
+    assert isinstance(buffer, bytearray)
+    assert len(buffer) == 100
+
+
+def test_a_header_takes_one_block_and_reads_that_go_on_fetch_ahead() -> None:
+    server = Server()
+    with open_(server.submit, blocks=8) as reader:
+        take(reader, 0, 8)
+        take(reader, 8, 200)
+        assert numbers(server) == [0]
+        take(reader, BLOCK, BLOCK)
+        assert numbers(server) == [0, 1, 2]
+        take(reader, 2 * BLOCK, BLOCK)
+        assert numbers(server) == [0, 1, 2, 3, 4]
+        take(reader, 3 * BLOCK, BLOCK)
+        assert numbers(server) == [0, 1, 2, 3, 4, 5, 6, 7]
+        take(reader, 4 * BLOCK, BLOCK)
+        assert numbers(server) == list(range(12))  # 4 to 11 are the whole budget
+
+
+def test_a_read_in_mid_file_fetches_nothing_before_it() -> None:
+    server = Server()
+    with open_(server.submit) as reader:
+        assert take(reader, 20 * BLOCK + 5, BLOCK) == DATA[20 * BLOCK + 5 :][:BLOCK]
+    assert numbers(server) == [20, 21]
+
+
+def test_nothing_is_fetched_beyond_the_end() -> None:
+    server = Server()
+    size = 10 * BLOCK + 1
+    with open_(server.submit, size=size, blocks=8) as reader:
+        for index in range(10):
+            take(reader, index * BLOCK, BLOCK)
+        take(reader, 10 * BLOCK, 1)
+    assert numbers(server) == list(range(11))
+    assert server.lengths[-1] == 1
+
+
+def test_a_piece_that_is_read_again_is_not_fetched_again() -> None:
+    server = Server()
+    with open_(server.submit, blocks=8) as reader:
+        for _ in range(2):
+            for index in range(10, 13):
+                take(reader, index * BLOCK, BLOCK)
+    assert sorted(numbers(server)) == sorted(set(numbers(server)))
+
+
+def test_pieces_read_twice_are_soon_fetched_once_where_half_the_room_holds_them() -> None:
+    server = Server()
+    with open_(server.submit, blocks=8) as reader:
+        for piece in range(0, 60, 3):
+            for _ in range(2):
+                for index in range(piece, piece + 3):
+                    take(reader, index * BLOCK, BLOCK)
+    found = numbers(server)
+    assert sorted(set(found)) == list(range(64))
+    assert len(found) < 64 + 8
+
+
+def test_a_view_larger_than_the_budget_is_filled_within_it() -> None:
+    server = Server()
+    with open_(server.submit, blocks=3) as reader:
+        assert take(reader, 7, len(DATA) - 7) == DATA[7:]
+    assert numbers(server) == list(range(64))
+    assert len(server.buffers) == 3
+
+
+def test_jumps_make_it_fetch_less_far_ahead() -> None:
+    server = Server()
+    with open_(server.submit, blocks=4) as reader:
+        for index in range(5):
+            take(reader, index * BLOCK, BLOCK)
+        for index in (40, 20, 50, 30):
+            take(reader, index * BLOCK, BLOCK)
+        before = len(server.starts)
+        take(reader, 10 * BLOCK, BLOCK)
+    assert numbers(server, before) == [10]
+
+
+def test_what_was_read_long_ago_makes_room_first() -> None:
+    server = Server()
+    with open_(server.submit, blocks=3) as reader:
+        for index in (20, 10, 30, 20, 40):  # none of them next to another: nothing is fetched ahead
+            take(reader, index * BLOCK, 1)
+        before = len(server.starts)
+        take(reader, 30 * BLOCK, 1)
+        take(reader, 20 * BLOCK, 1)
+        assert numbers(server, before) == []
+        take(reader, 10 * BLOCK, 1)
+        assert numbers(server, before) == [10]
+
+
+# ---- what goes wrong --------------------------------------------------------------------------------------------
+
+
+def test_reading_past_the_end_is_a_changed_source() -> None:
+    server = Server()
+    with open_(server.submit, size=1000) as reader, pytest.raises(SourceChanged, match=r"b/model.*ends at byte 1000"):
+        take(reader, 999, 2)
+    assert server.starts == []
+
+
+def test_an_empty_view_needs_no_request() -> None:
+    server = Server()
+    with open_(server.submit, size=0) as reader:
+        assert take(reader, 0, 0) == b""
+    assert server.starts == []
+
+
+def read_far_and_back(reader: BlockReader) -> bytes:
+    """Read block 0, then enough others to lose it, then block 0 again."""
+    first = take(reader, 0, BLOCK)
+    for index in (10, 20, 30):
+        take(reader, index * BLOCK, 1)
+    assert take(reader, 0, BLOCK) == first
+    return first
+
+
+def test_a_block_that_differs_when_fetched_again_is_fetched_once_more() -> None:
+    server = Server()
+
+    def submit(start: int, view: memoryview) -> Future[None]:
+        server.flips = {0: 1} if server.starts.count(0) == 1 else {}
+        return server.submit(start, view)
+
+    with open_(submit, blocks=2) as reader:
+        assert read_far_and_back(reader) == DATA[:BLOCK]
+    assert server.starts.count(0) == 3
+
+
+@pytest.mark.parametrize("flips", [{0: 1}, {0: 0}])
+def test_a_block_that_differs_twice_is_damaged(flips: dict[int, int]) -> None:
+    server = Server()
+    server.flips = dict(flips)  # the first answer is the wrong one, or the later ones are
+
+    def submit(start: int, view: memoryview) -> Future[None]:
+        if server.starts.count(0) and not flips[0]:
+            server.flips = {0: 1}
+        return server.submit(start, view)
+
+    with open_(submit, blocks=2) as reader, pytest.raises(TransferDamaged) as caught:
+        read_far_and_back(reader)
+    assert caught.value.errno == errno.EIO
+    assert "s3://b/model.safetensors" in str(caught.value)
+    assert "bytes 0 to 1024" in str(caught.value)
+    assert server.starts.count(0) == 3
+
+
+def test_a_failure_reaches_the_read_that_needs_the_block_and_another_read_tries_anew() -> None:
+    server = Server()
+    server.errors[BLOCK] = StorageUnavailable(errno.ETIMEDOUT, "no answer")
+    with open_(server.submit) as reader:
+        with pytest.raises(StorageUnavailable, match="no answer"):
+            take(reader, BLOCK, 10)
+        assert take(reader, BLOCK, 10) == DATA[BLOCK : BLOCK + 10]
+
+
+def test_a_submitter_that_raises_fails_the_read() -> None:
+    server = Server()
+
+    def submit(start: int, view: memoryview) -> Future[None]:
+        if not server.starts:
+            server.starts.append(-1)
+            raise StorageFailed(errno.EACCES, "denied")
+        return server.submit(start, view)
+
+    with open_(submit) as reader:
+        with pytest.raises(StorageFailed, match="denied"):
+            take(reader, 0, 10)
+        assert take(reader, 0, 10) == DATA[:10]
+
+
+def test_a_block_fetched_ahead_in_vain_is_forgotten_and_tried_anew_when_asked_for() -> None:
+    server = Server()
+    server.errors[2 * BLOCK] = StorageUnavailable(errno.ETIMEDOUT, "no answer")
+    with open_(server.submit, blocks=8) as reader:
+        take(reader, 0, BLOCK)
+        take(reader, BLOCK, BLOCK)
+        assert 2 * BLOCK in server.starts
+        assert server.errors == {}
+        assert take(reader, 2 * BLOCK, BLOCK) == DATA[2 * BLOCK : 3 * BLOCK]
+
+
+def test_a_block_fetched_ahead_in_vain_makes_room_first() -> None:
+    server = Server()
+    server.errors[2 * BLOCK] = StorageUnavailable(errno.ETIMEDOUT, "no answer")
+    with open_(server.submit, blocks=3) as reader:
+        take(reader, 0, 1)
+        take(reader, BLOCK, 1)
+        take(reader, 30 * BLOCK, 1)
+        before = len(server.starts)
+        take(reader, 0, 1)
+        take(reader, BLOCK, 1)
+    assert not {0, 1} & set(numbers(server, before))
+
+
+# ---- the end ----------------------------------------------------------------------------------------------------
+
+
+def read_ahead_held(server: Held, reader: BlockReader) -> list[int]:
+    """Read blocks 0 and 1, so that later ones are on their way; tells which."""
+    with ThreadPoolExecutor(1) as other:
+        for index in range(2):
+            task = other.submit(take, reader, index * BLOCK, BLOCK)
+            while not task.done():
+                if server.arrived.acquire(timeout=0.01) and index * BLOCK in server.waiting:
+                    server.release(index * BLOCK)
+            assert task.result() == DATA[index * BLOCK :][:BLOCK]
+    return sorted(server.waiting)
+
+
+def test_leaving_gives_up_what_did_not_start() -> None:
+    server, closed = Held(), list[bool]()
+    reader = open_(server.submit, on_close=lambda: closed.append(True))
+    with reader:
+        pending = read_ahead_held(server, reader)
+        assert pending
+    assert all(server.waiting[start][1].cancelled() for start in pending)
+    assert closed == [True]
+
+
+def test_leaving_waits_for_what_runs() -> None:
+    server, order = Held(), list[str]()
+    reader = open_(server.submit, on_close=lambda: order.append("closed"))
+    pending = read_ahead_held(server, reader)
+    futures = [server.waiting[start][1] for start in pending]
+    for future in futures:
+        assert future.set_running_or_notify_cancel()
+    with ThreadPoolExecutor(1) as other:
+        leaving = other.submit(reader.__exit__, None, None, None)
+        time.sleep(0.02)
+        assert not leaving.done()
+        for start, future in zip(pending, futures, strict=True):
+            view, _ = server.waiting[start]
+            server.fill(start, view)
+            order.append("written")
+            future.set_exception(StorageUnavailable(errno.EIO, "late"))
+        leaving.result()
+    assert order == ["written"] * len(pending) + ["closed"]
+
+
+def test_leaving_twice_closes_once_and_then_nothing_can_be_read() -> None:
+    server, closed = Server(), list[bool]()
+    with open_(server.submit, on_close=lambda: closed.append(True)) as reader:
+        take(reader, 0, 1)
+    reader.__exit__(None, None, None)
+    assert closed == [True]
+    with pytest.raises(ValueError, match="closed"):
+        take(reader, 0, 1)
+
+
+def test_what_nobody_wants_any_more_is_given_up_for_what_is_asked_for() -> None:
+    server = Held()
+    reader = open_(server.submit, blocks=2)
+    with reader, ThreadPoolExecutor(1) as other:
+        [ahead] = read_ahead_held(server, reader)
+        _, forgotten = server.waiting[ahead]
+        for index in (30, 40):
+            task = other.submit(take, reader, index * BLOCK, BLOCK)
+            while index * BLOCK not in server.waiting:
+                time.sleep(0.001)
+            server.release(index * BLOCK)
+            assert task.result() == DATA[index * BLOCK :][:BLOCK]
+        assert not forgotten.done() or forgotten.cancelled()
