@@ -1,0 +1,514 @@
+"""Requests to an S3-compatible storage: settings, one retry policy, errors in our words, the way into the event loop.
+
+Endpoint and credentials come from the environment, the profile or the machine, as botocore and fsspec find them. No
+text made here holds a part of them: messages are built from operation, place, HTTP status and error code alone, and
+errors of the libraries below are never chained.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import io
+import itertools
+import logging
+import os
+import random
+import re
+import threading
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import aiohttp
+import fsspec
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectionError as BotoConnectionError,
+    CredentialRetrievalError,
+    FlexibleChecksumError,
+    HTTPClientError,
+    IncompleteReadError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ProfileNotFound,
+    SSLError,
+    SSOError,
+    TokenRetrievalError,
+)
+from botocore.parsers import ResponseParserError
+
+from shardmill.errors import (
+    ObjectMissing,
+    ShardmillError,
+    SourceChanged,
+    StorageFailed,
+    StorageUnavailable,
+    TransferDamaged,
+    show,
+)
+from shardmill.storage.operations import operation
+
+CONNECT_SECONDS: Final[float] = 5.0
+READ_SECONDS: Final[float] = 30.0
+"""Silence after which a connection counts as lost."""
+REQUEST_SECONDS: Final[float] = 60.0
+"""A request, all its tries together, may take so long, and longer by what its bytes take at `SLOWEST`."""
+CLEANUP_SECONDS: Final[float] = 15.0
+"""The same for requests that tidy up after another one failed."""
+SLOWEST: Final[int] = 256 << 10
+"""Bytes per second; a transfer that is slower is given up."""
+_FIRST_PAUSE: Final = 0.1
+_LONGEST_PAUSE: Final = 4.0
+_CONNECTIONS: Final = 32
+_CHUNK_BYTES: Final = 256 << 10
+_ENVIRONMENT: Final = ("AWS_", "FSSPEC_", "BOTO")
+
+_NO_BUCKET: Final = "NoSuchBucket"
+_TRANSIENT_STATUS: Final = frozenset({408, 429, 500, 502, 503, 504})
+_TRANSIENT_CODES: Final = frozenset(
+    {
+        "ConditionalRequestConflict",
+        "InternalError",
+        "OperationAborted",
+        "RequestLimitExceeded",
+        "RequestTimeout",
+        "ServiceUnavailable",
+        "SlowDown",
+        "Throttling",
+        "ThrottlingException",
+        "TooManyRequests",
+    }
+)
+_DAMAGED_CODES: Final = frozenset(
+    {"BadDigest", "IncompleteBody", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"}
+)
+_DENIED_CODES: Final = frozenset(
+    {
+        "AccessDenied",
+        "ExpiredToken",
+        "ExpiredTokenException",
+        "InvalidAccessKeyId",
+        "InvalidToken",
+        "RequestExpired",
+        "SignatureDoesNotMatch",
+        "TokenRefreshRequired",
+    }
+)
+_FULL_CODES: Final = frozenset({"InsufficientStorage", "QuotaExceeded", "XMinioStorageFull"})
+_LOST: Final = (
+    aiohttp.ClientError,
+    TimeoutError,
+    ConnectionError,
+    BotoConnectionError,
+    HTTPClientError,
+    IncompleteReadError,
+    ResponseParserError,
+)
+_NO_CREDENTIALS: Final = (
+    CredentialRetrievalError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ProfileNotFound,
+    SSOError,
+    TokenRetrievalError,
+)
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A key of a bucket; also a prefix of keys."""
+
+    bucket: str
+    key: str
+
+    @property
+    def url(self) -> str:
+        """As people write it; holds no secret."""
+        return f"s3://{self.bucket}/{self.key}"
+
+
+class RequestRefused(StorageFailed):
+    """The server refused a request for good; `status` and `code` tell how."""
+
+    status: int = 0
+    code: str = ""
+
+    @property
+    def is_bucket_missing(self) -> bool:
+        """Whether there is no such bucket."""
+        return self.code == _NO_BUCKET
+
+
+@dataclass(frozen=True, slots=True)
+class _Trouble:
+    """What went wrong with one try, without anything that could be secret."""
+
+    what: str
+    code: int = errno.EIO
+    """An errno."""
+    status: int = 0
+    reply: str = ""
+    """Error code of the server."""
+    is_transient: bool = False
+    is_damage: bool = False
+
+    def as_error(self, name: str, url: str, tries: int) -> StorageFailed:
+        often = f" {tries} times" if tries > 1 else ""
+        message = f"{name} {show(url, 200)} failed{often}: {self.what}"
+        if self.is_damage:
+            return TransferDamaged(self.code, message)
+        if self.is_transient:
+            return StorageUnavailable(self.code, message)
+        if self.status == 404 and self.reply != _NO_BUCKET:
+            return ObjectMissing(errno.ENOENT, message)
+        refused = RequestRefused(self.code, message)
+        refused.status, refused.code = self.status, self.reply
+        return refused
+
+
+def _trouble(error: Exception) -> _Trouble | None:
+    """Tell what an error of the libraries means; None for one that is a defect of the program."""
+    if isinstance(error, ClientError):
+        return _refusal(error.response)
+    if isinstance(error, FlexibleChecksumError):
+        return _Trouble("the bytes do not have their checksum", is_transient=True, is_damage=True)
+    if isinstance(error, SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return _Trouble("the certificate of the server is not trusted")
+    if isinstance(error, TimeoutError):
+        return _Trouble("no answer in time", errno.ETIMEDOUT, is_transient=True)
+    if isinstance(error, _LOST):
+        return _Trouble(f"connection failed ({type(error).__name__})", is_transient=True)
+    if isinstance(error, _NO_CREDENTIALS):
+        return _Trouble(f"no usable credentials ({type(error).__name__})", errno.EACCES)
+    if isinstance(error, BotoCoreError):
+        return _Trouble(f"it cannot be sent ({type(error).__name__})", errno.EINVAL)
+    return None
+
+
+def _refusal(response: Mapping[str, Any]) -> _Trouble:
+    status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    code = str(response.get("Error", {}).get("Code", ""))
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9.]{0,63}", code):
+        code = ""
+    what = f"HTTP {status} {code}".rstrip()
+    if code in _DAMAGED_CODES:
+        return _Trouble(what, status=status, reply=code, is_transient=True, is_damage=True)
+    if code in _TRANSIENT_CODES or (status in _TRANSIENT_STATUS and code not in _FULL_CODES):
+        return _Trouble(what, status=status, reply=code, is_transient=True)
+    if code == _NO_BUCKET:
+        return _Trouble(f"{what}: there is no such bucket", status=status, reply=code)
+    if code in _FULL_CODES or status == 507:
+        return _Trouble(f"{what}: no space left", errno.ENOSPC, status, code)
+    if code in _DENIED_CODES or status in {401, 403}:
+        return _Trouble(f"{what}: access denied", errno.EACCES, status, code)
+    if status == 400 and not code:  # a reply to HEAD has no body that could say more
+        return _Trouble(f"{what}: access denied, perhaps by an expired token", errno.EACCES, status)
+    return _Trouble(what, status=status, reply=code)
+
+
+class Body(io.RawIOBase):
+    """Bytes of a request, read out of memory without a copy of the whole; botocore may sum and rewind it."""
+
+    def __init__(self, view: memoryview) -> None:
+        super().__init__()
+        self._view = view
+        self._at = 0
+
+    def __len__(self) -> int:
+        return len(self._view)
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
+
+    def tell(self) -> int:
+        """Offset of the next byte."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go elsewhere."""
+        self._at = offset + (0, self._at, len(self._view))[whence]
+        return self._at
+
+    def readinto(self, out: Any) -> int:
+        """Copy the next bytes."""
+        count = min(len(out), len(self._view) - self._at)
+        out[:count] = self._view[self._at : self._at + count]
+        self._at += count
+        return count
+
+
+def transfer_seconds(size: int) -> float:
+    """How long a request that carries `size` bytes may take."""
+    return REQUEST_SECONDS + size / SLOWEST
+
+
+def wait_for(future: Future[_T]) -> _T:
+    """Wait for a request; it is given up when the wait is broken off."""
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise
+
+
+def _never() -> bool:
+    return False
+
+
+class Client:
+    """The way to one endpoint for one process; all its threads share it."""
+
+    def __init__(self) -> None:
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+        self._signs_bodies = endpoint.startswith("http://")
+        """What it most likely has to be; `_connect` finds out."""
+        self._fs = fsspec.filesystem(
+            "s3", skip_instance_cache=True, use_listings_cache=False, config_kwargs=self._settings()
+        )
+        self._fs.retries = 1
+        self._is_connected = False
+        self._connecting = asyncio.Lock()
+
+    def _settings(self) -> dict[str, Any]:
+        # Over plain http nothing but a signed body tells the server of damage. Over https that would only cost time.
+        return {
+            "connect_timeout": CONNECT_SECONDS,
+            "max_pool_connections": _CONNECTIONS,
+            "read_timeout": READ_SECONDS,
+            "request_checksum_calculation": "when_required",
+            "response_checksum_validation": "when_required",
+            "retries": {"mode": "standard", "total_max_attempts": 1},
+            "s3": {"payload_signing_enabled": self._signs_bodies},
+        }
+
+    async def _connect(self) -> None:
+        async with self._connecting:
+            if self._is_connected:
+                return
+            try:
+                session = await self._fs.set_session()
+            except ValueError:
+                session = None
+            if session is None:
+                raise _Setup("the endpoint is no URL")
+            signs_bodies = str(session.meta.endpoint_url).startswith("http://")
+            if signs_bodies != self._signs_bodies:
+                self._signs_bodies = signs_bodies
+                self._fs.config_kwargs = self._settings()
+                await self._fs.set_session(refresh=True)
+            self._is_connected = True
+
+    async def send(self, method: str, **arguments: Any) -> Any:
+        """Do one try of one request; errors are those of the libraries."""
+        if not self._is_connected:
+            await self._connect()
+        await self._fs.set_session()
+        session = await self._fs.get_s3(arguments["Bucket"])
+        return await getattr(session, method)(**arguments, **self._fs.req_kw)
+
+    def start(
+        self,
+        name: str,
+        url: str,
+        attempt: Callable[[], Awaitable[_T]],
+        *,
+        seconds: float | None = None,
+        give_up: Callable[[], bool] = _never,
+    ) -> Future[_T]:
+        """Begin a request that is tried until it succeeds, is refused, or its time is over.
+
+        Args:
+            name: the operation, for messages.
+            attempt: one try.
+            seconds: for all tries together; `REQUEST_SECONDS` unless given.
+            give_up: whether another try is of no use any more.
+        """
+        limit = REQUEST_SECONDS if seconds is None else seconds
+        return asyncio.run_coroutine_threadsafe(_insist(name, url, attempt, limit, give_up), self._fs.loop)
+
+    def call(self, name: str, place: Place, method: str, *, seconds: float | None = None, **arguments: Any) -> Any:
+        """Do one request that carries few bytes, and wait for its reply.
+
+        Args:
+            name: the operation, as it is counted and told.
+            method: of the S3 API.
+            arguments: of the method, `Bucket` and `Key` excepted; `Key` may be overridden by None to leave it out.
+        """
+        key = {"Key": place.key} if arguments.pop("Key", place.key) is not None else {}
+        with operation(name, place.url):
+            return wait_for(
+                self.start(
+                    name,
+                    place.url,
+                    lambda: self.send(method, Bucket=place.bucket, **key, **arguments),
+                    seconds=seconds,
+                )
+            )
+
+    def put(self, place: Place, data: bytes, **arguments: Any) -> None:
+        """Write an object in one request."""
+        self.put_view(place, memoryview(data), **arguments)
+
+    def put_view(self, place: Place, view: memoryview, **arguments: Any) -> None:
+        """Write an object in one request."""
+
+        def attempt() -> Awaitable[Any]:
+            return self.send("put_object", Bucket=place.bucket, Key=place.key, Body=Body(view), **arguments)
+
+        with operation("put", place.url):
+            wait_for(self.start("put", place.url, attempt, seconds=transfer_seconds(len(view))))
+
+    def remove(self, place: Place, *, seconds: float | None = None) -> None:
+        """Delete an object; one that is not there is no error."""
+        try:
+            self.call("delete", place, "delete_object", seconds=seconds)
+        except ObjectMissing:
+            return
+
+    def get(self, place: Place, limit: int, **arguments: Any) -> tuple[Mapping[str, Any], bytes]:
+        """Read the first bytes of what a request answers with, `limit` of them or all; also its head."""
+
+        async def attempt() -> tuple[Mapping[str, Any], bytes]:
+            reply = await self.send("get_object", Bucket=place.bucket, Key=place.key, **arguments)
+            async with reply["Body"] as body:
+                length = int(reply["ContentLength"])
+                data = bytearray()
+                while len(data) < min(length, limit):
+                    chunk = await body.read(min(_CHUNK_BYTES, limit - len(data)))
+                    if not chunk:
+                        raise aiohttp.ClientPayloadError
+                    data += chunk
+                if length <= limit:
+                    await body.read()  # the end: checksums are compared there
+            return reply, bytes(data)
+
+        with operation("get", place.url):
+            return wait_for(self.start("get", place.url, attempt, seconds=transfer_seconds(limit)))
+
+    def read_range(self, place: Place, etag: str, start: int, view: memoryview) -> Future[None]:
+        """Begin to fill `view` with bytes of the object that had this ETag; a broken transfer goes on where it broke.
+
+        The future raises `SourceChanged` where the object is another one or gone, else `StorageFailed`.
+        """
+        try:
+            with operation("get", place.url):
+                return asyncio.run_coroutine_threadsafe(self._fill(place, etag, start, view), self._fs.loop)
+        except StorageFailed as error:
+            failed: Future[None] = Future()
+            failed.set_exception(error)
+            return failed
+
+    async def _fill(self, place: Place, etag: str, start: int, view: memoryview) -> None:
+        done = 0
+
+        async def attempt() -> None:
+            nonlocal done
+            span = f"bytes={start + done}-{start + len(view) - 1}"
+            reply = await self.send("get_object", Bucket=place.bucket, Key=place.key, IfMatch=f'"{etag}"', Range=span)
+            async with reply["Body"] as body:
+                _check_range(reply, place, etag, start + done)
+                while done < len(view):
+                    chunk = await body.read(min(_CHUNK_BYTES, len(view) - done))
+                    if not chunk:
+                        raise aiohttp.ClientPayloadError
+                    view[done : done + len(chunk)] = chunk
+                    done += len(chunk)
+
+        if not len(view):
+            return
+        try:
+            await _insist("get", place.url, attempt, transfer_seconds(len(view)), _never)
+        except ObjectMissing:
+            pass
+        except RequestRefused as error:
+            if error.status not in {412, 416}:
+                raise
+        else:
+            return
+        raise changed(place)
+
+
+class _Setup(BotoCoreError):
+    """The settings of the machine do not lead to a storage."""
+
+    def __init__(self, text: str) -> None:
+        Exception.__init__(self, text)
+
+
+def changed(place: Place) -> SourceChanged:
+    """Build the error for an object that is not what it was."""
+    return SourceChanged(f"{show(place.url, 200)} changed while it was read; run again")
+
+
+def etag_of(reply: Mapping[str, Any]) -> str:
+    """ETag without its quotes."""
+    return str(reply.get("ETag", "")).strip('"')
+
+
+def _check_range(reply: Mapping[str, Any], place: Place, etag: str, first: int) -> None:
+    """Do not trust that a server heeds `Range` and `If-Match`."""
+    if etag_of(reply) != etag:
+        raise changed(place)
+    if not str(reply.get("ContentRange", "" if first else "bytes 0-")).startswith(f"bytes {first}-"):
+        raise StorageFailed(errno.EIO, f"get {show(place.url, 200)} failed: the server does not read ranges")
+
+
+async def _insist(
+    name: str, url: str, attempt: Callable[[], Awaitable[_T]], seconds: float, give_up: Callable[[], bool]
+) -> _T:
+    """Try until it works, with growing and random pauses; give up when time is over or more tries are of no use."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + seconds
+    for tries in itertools.count(1):
+        try:
+            async with asyncio.timeout_at(end):
+                return await attempt()
+        except ShardmillError:
+            raise
+        except Exception as error:
+            trouble = _trouble(error)
+            if trouble is None:
+                raise
+        pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(tries, 10)) * random.uniform(0.5, 1.0)  # noqa: S311
+        if not trouble.is_transient or give_up() or loop.time() + pause >= end:
+            break
+        _log.debug("%s %s: %s; try %d follows", name, url, trouble.what, tries + 1)
+        await asyncio.sleep(pause)
+    raise trouble.as_error(name, url, tries)
+
+
+# ---- one client per process
+
+_lock = threading.Lock()
+_clients: dict[object, Client] = {}
+
+
+def _after_fork() -> None:
+    global _lock  # noqa: PLW0603 - another thread may have held it when this process split off
+    _lock = threading.Lock()
+    _clients.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def connect() -> Client:
+    """Give the client of this process for the environment as it is now; made at the first call, connected later."""
+    settings = {name: value for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)}
+    key = (os.getpid(), hash(frozenset(settings.items())))
+    with _lock:
+        if key not in _clients:
+            _clients.clear()
+            _clients[key] = Client()
+        return _clients[key]

@@ -1,0 +1,221 @@
+"""Marks of unfinished uploads: small objects that tell whose they are, so that those of a dead process can be ended.
+
+A listing of uploads names no owner. So a mark is written before an upload begins, without the id that is not known yet,
+and again with it, and removed after the upload; it outlives a process that is killed at any point between. An owner
+counts as dead when this machine, booted once, in one namespace of process numbers, has no such process. Of anything
+else only the age is known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, Final
+
+from shardmill.core.digest import canonical_json
+from shardmill.errors import ObjectMissing, StorageFailed
+from shardmill.storage.s3_client import CLEANUP_SECONDS, REQUEST_SECONDS, Client, Place
+
+MARKS: Final = ".shardmill-uploads"
+"""Folder of the marks; no listing shows it."""
+CANARY: Final = ".shardmill-canary-"
+"""Start of the names of the files that a probe writes."""
+_COMMON: Final = ".shardmill-"
+_MARK_LIMIT: Final = 16 << 10
+_CLOCK_SECONDS: Final = 2.0
+"""Servers tell times in whole seconds."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A process, told apart from every other one of any machine."""
+
+    host: str
+    boot: str
+    space: str
+    """Namespace of process numbers."""
+    pid: int
+    start: str
+    """When the process started, in ticks since the machine did."""
+
+    @classmethod
+    def current(cls) -> Owner:
+        """Name this process."""
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        pid = os.getpid()
+        return cls(socket.gethostname(), boot, _space(), pid, _start_of(pid) or "")
+
+    @classmethod
+    def parse(cls, data: bytes) -> Owner | None:
+        """Find the owner in a mark or canary; None where there is none."""
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            return cls(**json.loads(data)["owner"])
+        return None
+
+    def is_gone(self) -> bool:
+        """Whether it certainly runs no more."""
+        here = Owner.current()
+        is_here = (self.host, self.boot, self.space) == (here.host, here.boot, here.space)
+        return is_here and _start_of(self.pid) != self.start
+
+
+def _space() -> str:
+    return str(Path("/proc/self/ns/pid").readlink())
+
+
+def _start_of(pid: int) -> str | None:
+    """When a process started; None where it is no more."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()  # the name of the program, in parentheses, may hold anything
+    return None if fields[0] in "ZX" else fields[19]
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What one mark says."""
+
+    place: Place
+    owner: Owner
+    modified: datetime
+    key: str = ""
+    """Of the upload; empty in a canary."""
+    upload: str | None = None
+    """Id of the upload; None while it is not known."""
+
+    def may_cover(self, upload: OpenUpload) -> bool:
+        """Whether an upload could be the one whose id the mark does not know."""
+        since = (upload.begun - self.modified).total_seconds()
+        return self.upload is None and self.key == upload.key and -_CLOCK_SECONDS <= since <= 2 * REQUEST_SECONDS
+
+
+@dataclass(frozen=True, slots=True)
+class OpenUpload:
+    """An unfinished upload in a bucket."""
+
+    key: str
+    id: str
+    begun: datetime
+
+
+def body_of(key: str = "", upload: str | None = None) -> bytes:
+    """Write a mark of this process."""
+    return canonical_json({"owner": asdict(Owner.current()), "key": key, "upload": upload})
+
+
+def new_mark(root: Place) -> Place:
+    """Name a mark for an upload below a prefix that ends in `/` or is empty."""
+    return Place(root.bucket, f"{root.key}{MARKS}/{secrets.token_hex(12)}")
+
+
+def open_uploads(client: Client, below: Place) -> Iterator[OpenUpload]:
+    """Every unfinished upload whose key starts so."""
+    after: dict[str, Any] = {}
+    while True:
+        page = client.call("list uploads", below, "list_multipart_uploads", Key=None, Prefix=below.key, **after)
+        for item in page.get("Uploads", []):
+            if str(item["Key"]).startswith(below.key):
+                yield OpenUpload(item["Key"], item["UploadId"], item["Initiated"])
+        if not page.get("IsTruncated"):
+            return
+        after = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page.get("NextUploadIdMarker", "")}
+
+
+def objects(client: Client, below: Place, **arguments: Any) -> Iterator[Any]:
+    """Every object whose key starts so, as the listing tells it."""
+    while True:
+        page = client.call("list", below, "list_objects_v2", Key=None, Prefix=below.key, **arguments)
+        yield from page.get("Contents", [])
+        if not page.get("IsTruncated"):
+            return
+        arguments["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def read_marks(client: Client, root: Place) -> list[Mark]:
+    """Every mark and canary of a folder."""
+    found = []
+    for item in objects(client, Place(root.bucket, root.key + _COMMON)):
+        name = str(item["Key"])[len(root.key) :]
+        if not name.startswith((f"{MARKS}/", CANARY)):
+            continue
+        place = Place(root.bucket, item["Key"])
+        with contextlib.suppress(ObjectMissing):
+            data = client.get(place, _MARK_LIMIT)[1]
+            owner = Owner.parse(data)
+            if owner is not None:
+                fields = json.loads(data)
+                found.append(Mark(place, owner, item["LastModified"], fields.get("key") or "", fields.get("upload")))
+    return found
+
+
+def end_upload(client: Client, place: Place, upload: str, *, seconds: float | None = None) -> None:
+    """Abort the upload of that id; one that is not there is no error."""
+    with contextlib.suppress(ObjectMissing):
+        client.call("abort upload", place, "abort_multipart_upload", UploadId=upload, seconds=seconds)
+
+
+def lost_uploads(uploads: Sequence[OpenUpload], mark: Mark, marks: Sequence[Mark]) -> list[OpenUpload]:
+    """Uploads that can only be the one whose id `mark` does not know, though no request told it."""
+    claimed = {other.upload for other in marks}
+    rivals = [other for other in marks if other.place != mark.place and not other.owner.is_gone()]
+    return [
+        upload
+        for upload in uploads
+        if mark.may_cover(upload) and upload.id not in claimed and not any(rival.may_cover(upload) for rival in rivals)
+    ]
+
+
+def settle(client: Client, root: Place, place: Place, key: str) -> bool:
+    """End uploads that a request of this process began without an answer; False where that fails.
+
+    Args:
+        place: of the mark.
+        key: of the upload.
+    """
+    try:
+        uploads = [upload for upload in open_uploads(client, Place(root.bucket, key)) if upload.key == key]
+        marks = read_marks(client, root)
+        for mark in marks:
+            if mark.place == place:
+                for upload in lost_uploads(uploads, mark, marks):
+                    end_upload(client, Place(root.bucket, upload.key), upload.id, seconds=CLEANUP_SECONDS)
+    except StorageFailed as error:
+        _log.debug("%s", error.strerror)
+        return False
+    return True
+
+
+def sweep(client: Client, root: Place, prefix: str, grace_seconds: float) -> int:
+    """End the uploads of dead owners below `prefix` of a folder, and those older than the grace time; count them.
+
+    Their marks, and canaries, go with them.
+    """
+    # Uploads first: an upload that is in this list has had its mark before, so a living owner is never overlooked.
+    uploads = list(open_uploads(client, Place(root.bucket, root.key + prefix)))
+    marks = read_marks(client, root)
+    eldest = datetime.fromtimestamp(time.time() - grace_seconds).astimezone()
+    gone = [mark for mark in marks if mark.owner.is_gone()]
+    doomed = {upload for upload in uploads if upload.begun < eldest}
+    doomed |= {upload for upload in uploads if upload.id in {mark.upload for mark in gone}}
+    doomed |= {upload for mark in gone for upload in lost_uploads(uploads, mark, marks)}
+    for upload in sorted(doomed, key=lambda upload: (upload.key, upload.id)):
+        end_upload(client, Place(root.bucket, upload.key), upload.id)
+    is_old = eldest - timedelta(seconds=2 * REQUEST_SECONDS)
+    for mark in marks:
+        is_below = (mark.key or mark.place.key).startswith(root.key + prefix)
+        if is_below and (mark in gone or mark.modified < is_old):
+            client.remove(mark.place)
+    return len(doomed)
