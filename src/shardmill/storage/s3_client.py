@@ -16,9 +16,9 @@ import os
 import random
 import re
 import threading
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
 import aiohttp
@@ -26,7 +26,6 @@ import fsspec
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
-    ConnectionError as BotoConnectionError,
     CredentialRetrievalError,
     FlexibleChecksumError,
     HTTPClientError,
@@ -38,6 +37,7 @@ from botocore.exceptions import (
     SSOError,
     TokenRetrievalError,
 )
+from botocore.exceptions import ConnectionError as BotoConnectionError
 from botocore.parsers import ResponseParserError
 
 from shardmill.errors import (
@@ -172,44 +172,53 @@ class _Trouble:
         return refused
 
 
-def _trouble(error: Exception) -> _Trouble | None:
-    """Tell what an error of the libraries means; None for one that is a defect of the program."""
+class _NoEndpoint(Exception):
+    """The endpoint of the settings is no URL."""
+
+
+_MEANINGS: Final[Sequence[tuple[tuple[type[Exception], ...], _Trouble]]] = (
+    (
+        (FlexibleChecksumError,),
+        _Trouble("the bytes do not have their checksum", is_transient=True, is_damage=True),
+    ),
+    ((TimeoutError,), _Trouble("no answer in time", errno.ETIMEDOUT, is_transient=True)),
+    (_LOST, _Trouble("the connection failed", is_transient=True)),
+    (_NO_CREDENTIALS, _Trouble("no usable credentials", errno.EACCES)),
+    ((_NoEndpoint,), _Trouble("the endpoint is no URL", errno.EINVAL)),
+    ((BotoCoreError,), _Trouble("it cannot be sent", errno.EINVAL)),
+)
+"""What errors that are no reply mean; the first that fits counts."""
+
+
+def _trouble(error: Exception) -> _Trouble:
+    """Tell what an error of the libraries means; one that is a defect of the program is raised again."""
     if isinstance(error, ClientError):
         return _refusal(error.response)
-    if isinstance(error, FlexibleChecksumError):
-        return _Trouble("the bytes do not have their checksum", is_transient=True, is_damage=True)
     if isinstance(error, SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
         return _Trouble("the certificate of the server is not trusted")
-    if isinstance(error, TimeoutError):
-        return _Trouble("no answer in time", errno.ETIMEDOUT, is_transient=True)
-    if isinstance(error, _LOST):
-        return _Trouble(f"connection failed ({type(error).__name__})", is_transient=True)
-    if isinstance(error, _NO_CREDENTIALS):
-        return _Trouble(f"no usable credentials ({type(error).__name__})", errno.EACCES)
-    if isinstance(error, BotoCoreError):
-        return _Trouble(f"it cannot be sent ({type(error).__name__})", errno.EINVAL)
-    return None
+    for kinds, trouble in _MEANINGS:
+        if isinstance(error, kinds):
+            return replace(trouble, what=f"{trouble.what} ({type(error).__name__})")
+    raise error
 
 
 def _refusal(response: Mapping[str, Any]) -> _Trouble:
     status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     code = str(response.get("Error", {}).get("Code", ""))
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9.]{0,63}", code):
-        code = ""
-    what = f"HTTP {status} {code}".rstrip()
-    if code in _DAMAGED_CODES:
-        return _Trouble(what, status=status, reply=code, is_transient=True, is_damage=True)
-    if code in _TRANSIENT_CODES or (status in _TRANSIENT_STATUS and code not in _FULL_CODES):
-        return _Trouble(what, status=status, reply=code, is_transient=True)
-    if code == _NO_BUCKET:
-        return _Trouble(f"{what}: there is no such bucket", status=status, reply=code)
+        code = ""  # a reply to HEAD has no body that could tell one
+    trouble = _Trouble(f"HTTP {status} {code}".rstrip(), status=status, reply=code)
     if code in _FULL_CODES or status == 507:
-        return _Trouble(f"{what}: no space left", errno.ENOSPC, status, code)
+        return replace(trouble, what=f"{trouble.what}: no space left", code=errno.ENOSPC)
+    if code == _NO_BUCKET:
+        return replace(trouble, what=f"{trouble.what}: there is no such bucket")
     if code in _DENIED_CODES or status in {401, 403}:
-        return _Trouble(f"{what}: access denied", errno.EACCES, status, code)
-    if status == 400 and not code:  # a reply to HEAD has no body that could say more
-        return _Trouble(f"{what}: access denied, perhaps by an expired token", errno.EACCES, status)
-    return _Trouble(what, status=status, reply=code)
+        return replace(trouble, what=f"{trouble.what}: access denied", code=errno.EACCES)
+    if status == 400 and not code:
+        return replace(trouble, what=f"{trouble.what}: access denied, perhaps by an expired token", code=errno.EACCES)
+    is_damage = code in _DAMAGED_CODES
+    is_transient = is_damage or code in _TRANSIENT_CODES or status in _TRANSIENT_STATUS
+    return replace(trouble, is_transient=is_transient, is_damage=is_damage)
 
 
 class Body(io.RawIOBase):
@@ -301,7 +310,7 @@ class Client:
             except ValueError:
                 session = None
             if session is None:
-                raise _Setup("the endpoint is no URL")
+                raise _NoEndpoint
             signs_bodies = str(session.meta.endpoint_url).startswith("http://")
             if signs_bodies != self._signs_bodies:
                 self._signs_bodies = signs_bodies
@@ -439,13 +448,6 @@ class Client:
         raise changed(place)
 
 
-class _Setup(BotoCoreError):
-    """The settings of the machine do not lead to a storage."""
-
-    def __init__(self, text: str) -> None:
-        Exception.__init__(self, text)
-
-
 def changed(place: Place) -> SourceChanged:
     """Build the error for an object that is not what it was."""
     return SourceChanged(f"{show(place.url, 200)} changed while it was read; run again")
@@ -476,10 +478,8 @@ async def _insist(
                 return await attempt()
         except ShardmillError:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - sorted out there, and raised again where it is a defect
             trouble = _trouble(error)
-            if trouble is None:
-                raise
         pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(tries, 10)) * random.uniform(0.5, 1.0)  # noqa: S311
         if not trouble.is_transient or give_up() or loop.time() + pause >= end:
             break

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import errno
 import functools
 import logging
@@ -46,7 +45,8 @@ _log = logging.getLogger(__name__)
 
 def part_bytes(size: int, least: int) -> int:
     """Size of the parts of a file; it follows from the size of the file alone, so that the ETag repeats."""
-    return max(least, math.ceil(size / _PARTS / _MIB) * _MIB)
+    needed = math.ceil(size / _PARTS)
+    return least if needed <= least else math.ceil(needed / _MIB) * _MIB
 
 
 def copy_seconds(size: int) -> float:
