@@ -5,7 +5,8 @@
 For every operation number: a fresh attempt is killed, or made to fail, at that operation. Then
 
 - the destination must not load, unless it is the finished result (`--load` opens it with transformers);
-- the next run must succeed, compute no shard again that was finished, and leave exactly the files of an undisturbed run.
+- the next run must succeed, compute no shard again that was finished, and leave exactly the files of an
+  undisturbed run.
 
 Each run is a fork of this process, which has imported everything but started no thread. Prints one JSON document.
 """
