@@ -271,6 +271,8 @@ def make_site(kind: str, root: Path, model: Path) -> Site:
         return sites.LocalSite(root, model)
     import boto3
 
+    import shardmill.storage.s3  # noqa: F401 - as above
+
     client = boto3.client("s3")
     bucket = "kill-points"
     sites.reset_moto(os.environ["AWS_ENDPOINT_URL"])

@@ -45,7 +45,7 @@ class Site(Protocol):
         """Fresh locations for one attempt; the source is the same for all."""
 
     def files(self, places: Places) -> dict[str, str]:
-        """SHA-256 of every file of an attempt but the source, by path; unfinished uploads count as files."""
+        """Digest of every file of an attempt but the source, by path; unfinished uploads count as files."""
 
     def fetch_destination(self, places: Places, into: Path) -> None:
         """Copy what the destination holds to disk, hidden things left out, for loaders to open."""
@@ -102,12 +102,7 @@ class S3Site:
 
     def files(self, places: Places) -> dict[str, str]:
         prefix = self._prefix(places)
-        found = {
-            key.removeprefix(prefix): hashlib.sha256(
-                self._client.get_object(Bucket=self._bucket, Key=key)["Body"].read()
-            ).hexdigest()
-            for key in self._keys(prefix)
-        }
+        found = {entry["Key"].removeprefix(prefix): entry["ETag"] for entry in self._entries(prefix)}
         uploads = self._client.list_multipart_uploads(Bucket=self._bucket).get("Uploads", ())
         return found | {
             f"upload of {upload['Key'].removeprefix(prefix)} {upload['UploadId']}": "upload"
@@ -124,16 +119,19 @@ class S3Site:
                 self._client.download_file(self._bucket, key, str(path))
 
     def clear(self, places: Places) -> None:
-        for key in self._keys(self._prefix(places)):
-            self._client.delete_object(Bucket=self._bucket, Key=key)
+        keys = [{"Key": key} for key in self._keys(self._prefix(places))]
+        if keys:
+            self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": keys})
 
     def _prefix(self, places: Places) -> str:
         return places.store.removeprefix(f"s3://{self._bucket}/").removesuffix("store")
 
-    def _keys(self, prefix: str) -> Iterable[str]:
+    def _keys(self, prefix: str) -> list[str]:
+        return [entry["Key"] for entry in self._entries(prefix)]
+
+    def _entries(self, prefix: str) -> Iterable[dict[str, Any]]:
         for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=prefix):
-            for entry in page.get("Contents", ()):
-                yield entry["Key"]
+            yield from page.get("Contents", ())
 
 
 def reset_moto(endpoint: str) -> None:

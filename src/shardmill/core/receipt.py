@@ -48,7 +48,7 @@ class Receipt:
     producer: tuple[tuple[str, str], ...]
     """Versions of what computed it."""
     stem: str = ""
-    """Name of the blob where it is not the key: it had to be named before the content of the source was known."""
+    """Name of the blob where it is not the key: it had to be named before the content of its sources was known."""
 
     @property
     def blob_stem(self) -> str:

@@ -211,7 +211,7 @@ def _compute(sources: _Sources, store: Store, controls: Controls) -> Receipt:
         if needs_torch(shard, device):
             limit_threads(controls.devices.devices)
         _open_unchanged(sources)
-        stem = store.stem(shard, sources.digests, sources.identities)
+        stem = store.stem(shard, sources.identities)
         writer = store.writer(stem or shard.shape(), len(header) + layout.data_bytes)
         try:
             writer.write(memoryview(header))
@@ -237,7 +237,7 @@ def _compute(sources: _Sources, store: Store, controls: Controls) -> Receipt:
         tensors=tuple(placed.spec.name for placed in layout.placed),
         weights=weights,
         producer=producer(),
-        stem="" if stem in ("", key) else stem,
+        stem=stem,
     )
 
 

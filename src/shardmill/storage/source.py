@@ -71,13 +71,18 @@ class SourceFolder:
         """
         self.folder.check(name)
 
+    def _check_link(self, name: str) -> None:
+        """Check a name where there are links and special files; elsewhere the next request tells all."""
+        if self.folder.path is not None:
+            self.check(name)
+
     def identity(self, name: str) -> FileIdentity:
         """The state of a file.
 
         Raises:
             CheckpointInvalid: absent, no regular file, or it leads out of the checkpoint.
         """
-        self.check(name)
+        self._check_link(name)
         found = self.folder.identity(name)
         if found is None:
             raise _missing(name)
@@ -89,7 +94,7 @@ class SourceFolder:
         Raises:
             CheckpointInvalid: absent, or larger than `limit` bytes.
         """
-        self.check(name)
+        self._check_link(name)
         try:
             return self.folder.read(name, limit)
         except ObjectMissing as error:
@@ -103,7 +108,7 @@ class SourceFolder:
         Raises:
             CheckpointInvalid: absent, no regular file, or it leads out of the checkpoint.
         """
-        self.check(name)
+        self._check_link(name)
         try:
             return self.folder.open(name)
         except ObjectMissing as error:
@@ -115,7 +120,7 @@ class SourceFolder:
         Raises:
             CheckpointInvalid: absent, truncated or malformed.
         """
-        self.check(name)
+        self._check_link(name)
         try:
             identity, start = self.folder.read_start(name, _HEADER_GUESS)
             length = header_length(start[:LENGTH_BYTES], identity.size, file=name)

@@ -109,13 +109,12 @@ class Store:
         """Start writing a blob of `size` bytes; see `stem` for its name."""
         return self.folder.writer(blob_name(key), size, tags={"key": key})
 
-    def stem(self, shard: ShardPlan, digests: Mapping[str, Digest], identities: Mapping[str, FileIdentity]) -> str:
-        """Name of the blob of a job whose sources may not be known by content yet; empty if it can be told later.
+    def stem(self, shard: ShardPlan, identities: Mapping[str, FileIdentity]) -> str:
+        """Name of the blob of a job where it is needed before its sources are known by content; else empty.
 
-        The same states of the same files give the same name, so a job that is done again replaces what it left.
+        The same states of the same files always give the same name, whatever is known of them by then: so a job that
+        is done again replaces what an interrupted run left of it.
         """
-        if all(name in digests for name in shard.sources):
-            return shard.job_key({name: str(digests[name]) for name in shard.sources})
         if self.folder.traits.names_late:
             return ""
         return _EARLY + shard.job_key({name: f"state:{identities[name].fingerprint()}" for name in shard.sources})
