@@ -102,6 +102,9 @@ class SourceChanged(ShardmillError):
 class StorageFailed(ShardmillError, OSError):
     """A storage operation failed; the message names operation and place."""
 
+    def __str__(self) -> str:
+        return self.strerror or OSError.__str__(self)
+
 
 class ObjectMissing(StorageFailed, FileNotFoundError):
     """There is no such file."""

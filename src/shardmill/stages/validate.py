@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from shardmill.core.checks import check_shard, source_names
@@ -83,16 +84,39 @@ def validate_plan(plan: Plan) -> list[Problem]:
 
 def validate_locations(plan: Plan, locations: Locations, store: Store) -> list[Problem]:
     """Problems of destination and store: in use, out of reach, not writable, too small for what is not there yet."""
-    destination_at = parse_location(locations.destination)
-    destination = locations.open_destination()
-    problems = check_apart(destination_at, parse_location(locations.source), locations.store_location)
-    problems += _told(destination.url, destination.check)
-    problems += _told(store.folder.url, store.folder.probe)
+    problems = check_places(locations, store)
     if not problems:
-        problems += _told(
+        destination = locations.open_destination()
+        problems = _told(
             destination.url, lambda: _check_space(plan, locations.open_source(), store, destination.folder)
         )
     return sorted(set(problems))
+
+
+def check_places(locations: Locations, store: Store) -> list[Problem]:
+    """Problems of destination and store that have nothing to do with what is to be written there."""
+    destination_at = parse_location(locations.destination)
+    problems = check_apart(destination_at, parse_location(locations.source), locations.store_location)
+    destination = locations.open_destination()
+    with ThreadPoolExecutor(2) as pool:
+        checks = pool.map(_told, (destination.url, store.folder.url), (destination.check, store.folder.probe))
+        return [*problems, *(problem for found in checks for problem in found)]
+
+
+def open_readable(locations: Locations, store: Store) -> SourceFolder:
+    """Open the source; when it cannot be reached, what is wrong with the other places is told as well.
+
+    Raises:
+        Refused: it cannot be reached, or there is no such folder; carries the problems of all places.
+    """
+    try:
+        return locations.open_source()
+    except StorageFailed as error:
+        raise Refused([_unreachable(locations.source, error), *check_places(locations, store)]) from error
+    except Refused as error:
+        if problems := check_places(locations, store):
+            raise Refused([*error.problems, *problems]) from error
+        raise
 
 
 def _told(place: str, check: Callable[[], list[Problem]]) -> list[Problem]:
@@ -100,14 +124,12 @@ def _told(place: str, check: Callable[[], list[Problem]]) -> list[Problem]:
     try:
         return check()
     except StorageFailed as error:
-        return [
-            Problem(
-                file=place,
-                kind="storage-unreachable",
-                message=error.strerror or str(error),
-                way_out="check the location and the credentials",
-            )
-        ]
+        return [_unreachable(place, error)]
+
+
+def _unreachable(place: str, error: StorageFailed) -> Problem:
+    way_out = "check the location and the credentials"
+    return Problem(file=place, kind="storage-unreachable", message=str(error), way_out=way_out)
 
 
 def _check_space(plan: Plan, source: SourceFolder, store: Store, destination: Folder) -> list[Problem]:

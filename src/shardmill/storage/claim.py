@@ -23,6 +23,7 @@ from typing import Any, Final
 
 from shardmill.errors import DestinationInvalid, Problem, StorageFailed, show
 from shardmill.storage.folder import Folder
+from shardmill.storage.local import remove_dead_temporaries
 from shardmill.storage.operations import operation
 
 log = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ def refuse_claimed(destination: str, owner: Claim) -> DestinationInvalid:
 
 @contextlib.contextmanager
 def claimed_path(destination: Path, claim: Claim) -> Iterator[None]:
-    """Hold the claim of a destination on disk.
+    """Hold the claim of a destination on disk; removes temporary files that dead runs left beside it.
 
     Raises:
         DestinationInvalid: a living run makes another result there.
@@ -117,6 +118,7 @@ def claimed_path(destination: Path, claim: Claim) -> Iterator[None]:
     path = destination.parent / f".{destination.name}{CLAIM_NAME}"
     with operation("claim", path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_dead_temporaries(path.parent)
         fd = _lock(path, destination, claim)
     try:
         yield
@@ -161,12 +163,13 @@ def _is_named(fd: int, path: Path) -> bool:
 
 @contextlib.contextmanager
 def claimed_folder(folder: Folder, claim: Claim) -> Iterator[None]:
-    """Hold the claim of a destination in an object storage, and renew it meanwhile.
+    """Hold the claim of a destination in an object storage, and renew it meanwhile; sweeps what dead runs left.
 
     Raises:
         DestinationInvalid: a living run makes another result there.
     """
     is_owner = _take(folder, claim)
+    folder.sweep()
     done = threading.Event()
     renewal = threading.Thread(target=_renew, args=(folder, claim, done), name="claim", daemon=True)
     if is_owner:
