@@ -6,7 +6,9 @@ import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -355,6 +357,27 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(fake: FakeHub, caplog: pytes
         assert secret not in "".join(record.getMessage() for record in caplog.records if record.name == "httpx")
 
 
+def read_whole(reader: Reader) -> bytes:
+    return b"".join(take(reader, begin, 4_000_000) for begin in range(0, len(SHARD), 4_000_000))
+
+
+def test_the_hub_is_asked_once_where_the_file_lies(fake: FakeHub) -> None:
+    with open_().open("model.safetensors") as reader:
+        assert read_whole(reader) == SHARD
+    assert len(fake.spans) == 3
+    assert len(fake.paths("/resolve/")) == 1
+    assert {allowed for server, _, _, allowed in fake.log if server == "cdn"} == {""}
+
+
+@pytest.mark.parametrize("fault", [403, 404, 503, "cut"])
+def test_the_hub_is_asked_again_when_the_other_place_fails(fake: FakeHub, fault: int | str) -> None:
+    with open_().open("model.safetensors") as reader:
+        take(reader, 0, 10)
+        fake.faults = [fault]
+        assert read_whole(reader) == SHARD
+    assert len(fake.paths("/resolve/")) == 2
+
+
 def test_every_request_is_a_storage_operation(fake: FakeHub) -> None:
     fake.faults = [503]
     with operations.watched(operations.Faults()) as faults:
@@ -406,15 +429,15 @@ def test_patience_ends(fake: FakeHub) -> None:
 
 def test_leaving_does_not_wait_for_patience_to_end(fake: FakeHub) -> None:
     patient = Patience(tries=1000, first_wait=100.0, longest_wait=100.0)
-    with open_hub(REPO, patience=patient).open("model.safetensors") as reader:
-        take(reader, 0, 10)
-        fake.faults = [503] * 50
-        take_ahead = threading.Thread(target=lambda: pytest.raises(StorageUnavailable, take, reader, 15_000_000, 10))
-        take_ahead.start()
-        while len(fake.spans) < 2:
-            pass
-    take_ahead.join(20)
-    assert not take_ahead.is_alive()
+    with ThreadPoolExecutor(1) as other:
+        with open_hub(REPO, patience=patient).open("model.safetensors") as reader:
+            take(reader, 0, 10)
+            fake.faults = [503] * 50
+            asked = other.submit(take, reader, 15_000_000, 10)
+            while len(fake.spans) < 2:
+                time.sleep(0.001)
+        with pytest.raises(StorageUnavailable):
+            asked.result(timeout=20)
 
 
 @pytest.mark.parametrize(
@@ -438,10 +461,7 @@ def test_refusals_are_told_at_once(
     fake.refusal = refusal
     before = len(fake.log)
     with pytest.raises(StorageFailed) as caught:
-        if folder is None:
-            open_()
-        else:
-            folder.read("config.json", 100)
+        (folder or open_()).read("config.json", 100)
     assert type(caught.value) is kind
     assert caught.value.errno == code
     assert way_out in str(caught.value)

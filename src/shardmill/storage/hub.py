@@ -108,6 +108,22 @@ class _Passing(Exception):
         self.wait = wait
 
 
+class _Address:
+    """Where to ask for a file: the Hub, and after its first redirect the place that it led to.
+
+    The Hub counts what it is asked, so it is not asked again for each range. The other place never sees the token.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.direct = ""
+
+    def note(self, reply: httpx.Response) -> None:
+        """Remember where a reply came from, if that is another host."""
+        if reply.url.netloc != httpx.URL(self.url).netloc:
+            self.direct = str(reply.url)
+
+
 class _HubReader(BlockReader):
     """Gives up requests that are being repeated as soon as it is left."""
 
@@ -247,9 +263,10 @@ class HubFolder:
         cached = self._find_cached(name)
         if cached is not None:
             return _CachedReader(identity, cached)
+        address = self._address(name)
 
         def fetch(start: int, view: memoryview, is_left: threading.Event) -> None:
-            self._fetch(name, identity, start, view, is_left)
+            self._fetch(address, identity, start, view, is_left)
 
         return _HubReader(identity, fetch)
 
@@ -273,17 +290,21 @@ class HubFolder:
             with self.open(name) as reader:
                 reader.read_into(0, memoryview(data))
         elif length:
-            self._fetch(name, identity, 0, memoryview(data), threading.Event())
+            self._fetch(self._address(name), identity, 0, memoryview(data), threading.Event())
         return bytes(data)
 
-    def _fetch(self, name: str, identity: FileIdentity, start: int, view: memoryview, is_left: threading.Event) -> None:
-        """Fill a view, going on where a broken reply stopped."""
+    def _address(self, name: str) -> _Address:
         inside = f"{self._subfolder}/{name}" if self._subfolder else name
-        url = hf_hub_url(self.repo, inside, revision=self.commit, endpoint=constants.ENDPOINT)
+        return _Address(hf_hub_url(self.repo, inside, revision=self.commit, endpoint=constants.ENDPOINT))
+
+    def _fetch(
+        self, address: _Address, identity: FileIdentity, start: int, view: memoryview, is_left: threading.Event
+    ) -> None:
+        """Fill a view, going on where a broken reply stopped."""
         reply = _Reply(identity, start, view, is_left)
         _patiently(
             f"read {show(identity.url, 200)}",
-            lambda deadline: reply.ask(url, deadline),
+            lambda deadline: reply.ask(address, deadline),
             self._patience,
             progress=lambda: reply.done,
             is_left=is_left,
@@ -362,10 +383,11 @@ class _Reply:
         self._start = start
         self._view = view
         self._is_left = is_left
+        self._is_first = True
         self.done = 0
         """Bytes that are in the view."""
 
-    def ask(self, url: str, deadline: float) -> None:
+    def ask(self, address: _Address, deadline: float) -> None:
         """Ask for what is missing.
 
         Raises:
@@ -374,12 +396,17 @@ class _Reply:
         first, last = self._start + self.done, self._start + len(self._view) - 1
         if first > last:
             return
-        headers = {**build_hf_headers(), "Range": f"bytes={first}-{last}", "Accept-Encoding": "identity"}
+        direct, self._is_first = address.direct if self._is_first else "", False
+        headers = {**build_hf_headers(token=False if direct else None), "Range": f"bytes={first}-{last}"}
+        headers["Accept-Encoding"] = "identity"
         with (
             operation("read", self._identity.url),
-            get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT) as reply,
+            get_session().stream("GET", direct or address.url, headers=headers, timeout=_TIMEOUT) as reply,
         ):
+            if direct and reply.is_client_error and reply.status_code != 416:
+                raise _Passing("the address that the Hub gave is no longer good")
             self._check(reply, first)
+            address.note(reply)
             for chunk in reply.iter_raw():
                 self._take(chunk)
                 if self._is_left.is_set() or time.monotonic() > deadline:
