@@ -589,6 +589,7 @@ def test_links_that_lead_out_of_the_cache_are_passed_over(offline: FakeHub, tmp_
     (snapshot.parent.parent / "blobs" / "1").symlink_to(secret)
     (snapshot / "by-blob.json").symlink_to("../../blobs/1")
     (snapshot / "ref.json").symlink_to("../../refs/main")
+    (snapshot / "sideways.json").symlink_to("config.json")
     (snapshot / "loop.json").symlink_to("loop.json")
     os.mkfifo(snapshot / "pipe.json")
     assert list(open_().listing()) == sorted(FILES)

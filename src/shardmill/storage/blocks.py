@@ -205,11 +205,8 @@ class BlockReader:
     def _unpin(self, block: _Block) -> None:
         with self._changed:
             block.pins -= 1
-            if not block.pins:
-                if self._held.get(block.index) is not block:
-                    self._recycle(block)
-                elif block.has_failed:
-                    self._drop(block)
+            if not block.pins and self._held.get(block.index) is not block:
+                self._recycle(block)
             self._changed.notify_all()
 
     def _look_ahead(self, index: int, last: int) -> None:
