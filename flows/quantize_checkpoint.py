@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
@@ -33,7 +33,7 @@ from shardmill.orchestration import (
     workbench,
 )
 from shardmill.stages.finalize import claim_of
-from shardmill.stages.validate import refuse_problems
+from shardmill.stages.validate import pin_readable, refuse_problems
 from shardmill.storage.location import parse_location
 from shardmill.tasks.finalize import finalize_checkpoint, find_published
 from shardmill.tasks.plan import plan_checkpoint
@@ -76,7 +76,13 @@ def quantize_checkpoint(request: QuantizeRequest) -> FlowSummary:
     """
     started = time.monotonic()
     job = request.to_job(flow_run.id or "")
-    with library_logs(), workbench(job) as bench, _refusals_shown():
+    with library_logs(), _refusals_shown():
+        job = replace(job, locations=pin_readable(job.locations, job.locations.open_store()))
+        return _convert(request, job, started)
+
+
+def _convert(request: QuantizeRequest, job: Job, started: float) -> FlowSummary:
+    with workbench(job) as bench:
         plan = _checked_plan(request.to_recipe(), job)
         bench.store.prepare()
         destination = job.locations.open_destination()

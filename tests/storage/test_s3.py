@@ -414,7 +414,7 @@ def test_writer_ends_once(folder: S3Folder, server: Server) -> None:
     ],
 )
 @pytest.mark.parametrize("operation", ["CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload"])
-def test_refused_uploads_leave_nothing(  # noqa: PLR0917
+def test_refused_uploads_leave_nothing(
     folder: S3Folder,
     server: Server,
     monkeypatch: pytest.MonkeyPatch,
@@ -459,9 +459,7 @@ def test_lost_replies_are_survived(folder: S3Folder, server: Server, operation: 
     assert server.keys() == ["some/prefix/file"]
 
 
-def test_lost_reply_whose_upload_is_forgotten_counts_where_the_object_is_ours(
-    folder: S3Folder, server: Server
-) -> None:
+def test_lost_reply_whose_upload_is_forgotten_counts_where_the_object_is_ours(folder: S3Folder, server: Server) -> None:
     server.lose("CompleteMultipartUpload")
     server.fail("CompleteMultipartUpload", lambda: reply(404, "NoSuchUpload"), skip=1)
     write(folder, "file", data_of(3 * PART))
@@ -742,7 +740,9 @@ with open_s3("bucket", "some/prefix").writer("file", 4 * 65536) as writer:
 @pytest.mark.parametrize("number", [2, 3, 5, 8, 9])
 def test_uploads_of_killed_processes_are_ended_at_once(folder: S3Folder, server: Server, number: int) -> None:
     foreign = server.begin("some/prefix/file2")
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=os.environ | {"SHARDMILL_FAULT": f"kill@{number}"}, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=os.environ | {"SHARDMILL_FAULT": f"kill@{number}"}, check=False
+    )
     assert done.returncode == -9
     assert folder.listing().keys() == ({"file"} if number == 9 else set())
     assert len(folder.listing(f"{MARKS}/")) == 1
@@ -898,13 +898,15 @@ def test_bucket_that_is_not_there(server: Server) -> None:
         (lambda: reply(403, SECRET + "\n"), "HTTP 403"),
     ],
 )
-def test_denied_requests_fail_at_once(
-    folder: S3Folder, server: Server, answer: Callable[[], Any], told: str
-) -> None:
+def test_denied_requests_fail_at_once(folder: S3Folder, server: Server, answer: Callable[[], Any], told: str) -> None:
     folder.put("file", b"x")
     acts: dict[str, tuple[Callable[[], object], ...]] = {
         "PutObject": (lambda: folder.put("a", b""), lambda: folder.create("b", b"")),
-        "GetObject": (lambda: folder.read("file", 9), lambda: folder.read_start("file", 9), lambda: read(folder, "file")),
+        "GetObject": (
+            lambda: folder.read("file", 9),
+            lambda: folder.read_start("file", 9),
+            lambda: read(folder, "file"),
+        ),
         "ListObjectsV2": (folder.listing, folder.exists),
         "DeleteObject": (lambda: folder.remove("file"),),
         "CopyObject": (lambda: folder.copy_in("c", folder, "file"),),

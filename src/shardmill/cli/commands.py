@@ -110,10 +110,12 @@ def run(options: Options, console: Console) -> int:
 def _dry_run(locations: Locations, options: Options, console: Console) -> int:
     """Everything that `run` checks before work."""
     from shardmill.stages.plan import make_plan
-    from shardmill.stages.validate import validate_locations, validate_plan
+    from shardmill.stages.validate import pin_readable, validate_locations, validate_plan
 
+    store = locations.open_store()
+    locations = pin_readable(locations, store)
     found = make_plan(locations.open_source(), read_recipe(options))
-    problems = sorted({*validate_plan(found), *validate_locations(found, locations, locations.open_store())})
+    problems = sorted({*validate_plan(found), *validate_locations(found, locations, store)})
     code = _show_plan(found, problems, options, console)
     console.say("dry run: nothing was written")
     return code

@@ -17,7 +17,7 @@ from shardmill.stages.devices import DevicePool, resolve_devices
 from shardmill.stages.finalize import claim_of, clear_claim, finalize, published_result
 from shardmill.stages.plan import Locations, make_plan
 from shardmill.stages.quantize import Controls, find_stored, quantize_shard
-from shardmill.stages.validate import open_readable, refuse_problems, validate_locations, validate_plan
+from shardmill.stages.validate import pin_readable, refuse_problems, validate_locations, validate_plan
 from shardmill.storage.source import SourceFolder
 from shardmill.storage.store import FAST, Store
 
@@ -71,7 +71,8 @@ def run(
     watch = watcher or Watcher()
     stopping = stop or threading.Event()
     store = locations.open_store(options.verify)
-    source = open_readable(locations, store)
+    locations = pin_readable(locations, store)
+    source = locations.open_source()
     plan = make_plan(source, recipe)
     refuse_problems([*validate_plan(plan), *validate_locations(plan, locations, store)])
     watch.on_plan(plan)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shardmill.core.plan import Plan
 from shardmill.core.planner import build_plan
 from shardmill.core.recipe import Recipe
-from shardmill.storage.location import Location, open_location, parse_location
+from shardmill.storage.location import HUB, Location, open_location, parse_location
 from shardmill.storage.publish import Destination, open_destination
 from shardmill.storage.source import SourceFolder, open_source, read_checkpoint
 from shardmill.storage.store import FAST, FOLDER_NAME, Store
@@ -32,6 +32,16 @@ class Locations:
             CheckpointInvalid: there is no such folder.
         """
         return open_source(self.source)
+
+    def pinned(self) -> Locations:
+        """The same locations, with the source at the commit that its branch or tag stands for now.
+
+        Raises:
+            StorageFailed: the repository cannot be looked up.
+        """
+        if parse_location(self.source).kind != HUB:
+            return self
+        return replace(self, source=open_location(parse_location(self.source)).url)
 
     def open_destination(self) -> Destination:
         """Open the destination, which need not be there yet.

@@ -103,20 +103,22 @@ def check_places(locations: Locations, store: Store) -> list[Problem]:
         return [*problems, *(problem for found in checks for problem in found)]
 
 
-def open_readable(locations: Locations, store: Store) -> SourceFolder:
-    """Open the source; when it cannot be reached, what is wrong with the other places is told as well.
+def pin_readable(locations: Locations, store: Store) -> Locations:
+    """Pin the source, see `Locations.pinned`; if it cannot be read, what is wrong with other places is told as well.
 
     Raises:
         Refused: it cannot be reached, or there is no such folder; carries the problems of all places.
     """
     try:
-        return locations.open_source()
+        pinned = locations.pinned()
+        pinned.open_source()
     except StorageFailed as error:
         raise Refused([_unreachable(locations.source, error), *check_places(locations, store)]) from error
     except Refused as error:
         if problems := check_places(locations, store):
             raise Refused([*error.problems, *problems]) from error
         raise
+    return pinned
 
 
 def _told(place: str, check: Callable[[], list[Problem]]) -> list[Problem]:

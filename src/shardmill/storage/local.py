@@ -448,10 +448,13 @@ class LocalFolder:
             )
 
     def _contains(self, real: Path) -> bool:
-        """Inside the folder, or among the blobs of the same repository in the Hub's cache."""
+        """Inside the folder, or, of a snapshot in the Hub's cache, among the blobs of the repository or of the cache."""
         root = self.path.resolve()
-        in_hub_cache = root.parent.name == "snapshots" and real.is_relative_to(root.parent.parent / "blobs")
-        return real.is_relative_to(root) or in_hub_cache
+        repository = root.parent.parent
+        blobs = [repository / "blobs"] if root.parent.name == "snapshots" else []
+        if blobs and repository.name.startswith("models--"):
+            blobs.append(repository.parent / "blobs")
+        return any(map(real.is_relative_to, (root, *blobs)))
 
     def read(self, name: str, limit: int) -> bytes:
         """Read a small file whole."""
