@@ -58,20 +58,22 @@ def metadata_of(tags: Mapping[str, str]) -> dict[str, str]:
     """User metadata that holds tags.
 
     Raises:
-        ValueError: the name of a tag is not made of lower-case letters, digits, `.`, `_`, and `-`.
+        ValueError: the name of a tag is not made of lower-case letters, digits, `_`, and `-`.
     """
     for name in tags:
-        if not re.fullmatch(r"[a-z0-9._-]{1,64}", name):
-            raise ValueError(f"tag {show(name)}: expected lower-case letters, digits, `.`, `_`, and `-`")
-    # Some proxies drop headers whose names hold an underscore.
-    return {_TAG + name.replace("_", "%5f"): quote(value, safe=_PLAIN) for name, value in tags.items()}
+        if not re.fullmatch(r"[a-z0-9_-]{1,64}", name):
+            raise ValueError(f"tag {show(name)}: expected lower-case letters, digits, `_`, and `-`")
+    # Some proxies drop headers whose names hold an underscore, and some servers take few other characters.
+    return {_TAG + name.replace("_", "."): quote(value, safe=_PLAIN) for name, value in tags.items()}
 
 
 def tags_of(metadata: Mapping[str, str]) -> dict[str, str]:
     """Tags that user metadata holds."""
     lowered = {name.lower(): value for name, value in metadata.items()}
     return {
-        unquote(name[len(_TAG) :]): unquote(value) for name, value in sorted(lowered.items()) if name.startswith(_TAG)
+        name[len(_TAG) :].replace(".", "_"): unquote(value)
+        for name, value in sorted(lowered.items())
+        if name.startswith(_TAG)
     }
 
 
