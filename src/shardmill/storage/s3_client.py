@@ -249,6 +249,13 @@ class Body(io.RawIOBase):
         self._at = offset + (0, self._at, len(self._view))[whence]
         return self._at
 
+    def read(self, size: int = -1, /) -> memoryview:
+        """Give the next bytes without copying them; hashes and sockets take views."""
+        rest = len(self._view) - self._at
+        count = rest if size < 0 else min(size, rest)
+        self._at += count
+        return self._view[self._at - count : self._at]
+
     def readinto(self, out: Any) -> int:
         """Copy the next bytes."""
         count = min(len(out), len(self._view) - self._at)
