@@ -19,7 +19,7 @@ from shardmill.errors import FileTooLarge, ObjectMissing, Problem, SourceChanged
 from shardmill.storage.blocks import BlockReader
 from shardmill.storage.folder import FileIdentity, Folder, Reader, Traits, Writer
 from shardmill.storage.s3_client import Client, Place, RequestRefused, changed, connect, etag_of
-from shardmill.storage.s3_marks import CANARY, MARKS, body_of, objects
+from shardmill.storage.s3_marks import CANARY, MARKS, body_of, hold, let_go, objects
 from shardmill.storage.s3_marks import sweep as sweep_marks
 from shardmill.storage.s3_upload import S3Writer, copy_in_parts, copy_seconds, metadata_in, metadata_of, tags_of
 
@@ -256,7 +256,14 @@ class S3Folder:
         A storage without conditional writes is told by a warning, since runs go on without.
         """
         name = CANARY + secrets.token_hex(8)
-        data = body_of()
+        place = self._place(name)
+        hold(place)
+        try:
+            return self._probe(name, body_of())
+        finally:
+            let_go(place)
+
+    def _probe(self, name: str, data: bytes) -> list[Problem]:
         try:
             self.create(name, data)
         except StorageFailed as error:

@@ -31,8 +31,6 @@ CANARY: Final = ".shardmill-canary-"
 """Start of the names of the files that a probe writes."""
 _COMMON: Final = ".shardmill-"
 _MARK_LIMIT: Final = 16 << 10
-_CLOCK_SECONDS: Final = 2.0
-"""Servers tell times in whole seconds."""
 
 _log = logging.getLogger(__name__)
 
@@ -63,11 +61,11 @@ class Owner:
             return cls(**json.loads(data)["owner"])
         return None
 
-    def is_gone(self) -> bool:
-        """Whether it certainly runs no more."""
+    def is_running(self) -> bool | None:
+        """Whether the process runs; None for one of another machine, boot or namespace, where that cannot be told."""
         here = Owner.current()
         is_here = (self.host, self.boot, self.space) == (here.host, here.boot, here.space)
-        return is_here and _start_of(self.pid) != self.start
+        return _start_of(self.pid) == self.start if is_here else None
 
 
 def _space() -> str:
@@ -96,10 +94,15 @@ class Mark:
     upload: str | None = None
     """Id of the upload; None while it is not known."""
 
+    def is_held(self) -> bool | None:
+        """Whether a living writer holds it; None where that cannot be told."""
+        return self.place in _held if self.owner == Owner.current() else self.owner.is_running()
+
     def may_cover(self, upload: OpenUpload) -> bool:
         """Whether an upload could be the one whose id the mark does not know."""
-        since = (upload.begun - self.modified).total_seconds()
-        return self.upload is None and self.key == upload.key and -_CLOCK_SECONDS <= since <= 2 * REQUEST_SECONDS
+        # Servers tell some times in whole seconds.
+        since = (upload.begun - self.modified.replace(microsecond=0)).total_seconds()
+        return self.upload is None and self.key == upload.key and 0 <= since <= 2 * REQUEST_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,20 @@ class OpenUpload:
     key: str
     id: str
     begun: datetime
+
+
+_held: set[Place] = set()
+"""Marks and canaries that this process has in use."""
+
+
+def hold(place: Place) -> None:
+    """Protect a mark or canary of this process from its own sweeps."""
+    _held.add(place)
+
+
+def let_go(place: Place) -> None:
+    """A sweep of any process may remove this mark or canary, and what it stands for."""
+    _held.discard(place)
 
 
 def body_of(key: str = "", upload: str | None = None) -> bytes:
@@ -170,7 +187,7 @@ def end_upload(client: Client, place: Place, upload: str, *, seconds: float | No
 def lost_uploads(uploads: Sequence[OpenUpload], mark: Mark, marks: Sequence[Mark]) -> list[OpenUpload]:
     """Uploads that can only be the one whose id `mark` does not know, though no request told it."""
     claimed = {other.upload for other in marks}
-    rivals = [other for other in marks if other.place != mark.place and not other.owner.is_gone()]
+    rivals = [other for other in marks if other.place != mark.place and other.is_held() is not False]
     return [
         upload
         for upload in uploads
@@ -207,15 +224,17 @@ def sweep(client: Client, root: Place, prefix: str, grace_seconds: float) -> int
     uploads = list(open_uploads(client, Place(root.bucket, root.key + prefix)))
     marks = read_marks(client, root)
     eldest = datetime.fromtimestamp(time.time() - grace_seconds).astimezone()
-    gone = [mark for mark in marks if mark.owner.is_gone()]
+    gone = [mark for mark in marks if mark.is_held() is False]
     doomed = {upload for upload in uploads if upload.begun < eldest}
     doomed |= {upload for upload in uploads if upload.id in {mark.upload for mark in gone}}
     doomed |= {upload for mark in gone for upload in lost_uploads(uploads, mark, marks)}
+    held = {mark.upload for mark in marks if mark.is_held()}
+    doomed = {upload for upload in doomed if upload.id not in held}
     for upload in sorted(doomed, key=lambda upload: (upload.key, upload.id)):
         end_upload(client, Place(root.bucket, upload.key), upload.id)
     is_old = eldest - timedelta(seconds=2 * REQUEST_SECONDS)
     for mark in marks:
         is_below = (mark.key or mark.place.key).startswith(root.key + prefix)
-        if is_below and (mark in gone or mark.modified < is_old):
+        if is_below and (mark in gone or (mark.modified < is_old and not mark.is_held())):
             client.remove(mark.place)
     return len(doomed)

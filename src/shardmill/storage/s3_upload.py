@@ -23,7 +23,7 @@ from shardmill.errors import ObjectMissing, StorageFailed, StorageUnavailable, s
 from shardmill.storage.hashing import BlobHashes
 from shardmill.storage.operations import operation
 from shardmill.storage.s3_client import CLEANUP_SECONDS, Body, Client, Place, transfer_seconds, wait_for
-from shardmill.storage.s3_marks import body_of, end_upload, new_mark, settle
+from shardmill.storage.s3_marks import body_of, end_upload, hold, let_go, new_mark, settle
 
 PART_BYTES: Final[int] = 16 << 20
 """Least size of a part; a file that is no larger is written in one request."""
@@ -96,8 +96,9 @@ class Upload:
         self._tries = 0
         self._id = ""
         self._mark = new_mark(root)
-        client.put(self._mark, body_of(place.key))
+        hold(self._mark)
         try:
+            client.put(self._mark, body_of(place.key))
             self._begin(metadata_of(tags) | {_WRITER: self._token})
         except BaseException:
             self.abort()
@@ -221,7 +222,8 @@ class Upload:
             try:
                 end_upload(self._client, self._place, self._id, seconds=CLEANUP_SECONDS)
             except StorageFailed as error:
-                _log.warning("%s; a later run will end the upload", error.strerror)
+                _log.warning("%s; a later sweep will end the upload", error.strerror)
+                let_go(self._mark)
                 return
         self._leave_mark()
 
@@ -229,6 +231,7 @@ class Upload:
         is_unsure = self._tries > 1 or (self._tries == 1 and not self._id)
         if not is_unsure or settle(self._client, self._root, self._mark, self._place.key):
             self._remove_quietly(self._mark)
+        let_go(self._mark)
 
     def _remove_quietly(self, place: Place) -> None:
         try:
