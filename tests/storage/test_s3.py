@@ -79,6 +79,7 @@ class Server:
 
     begun: dict[str, datetime] = field(default_factory=dict)
     """When an upload began, by id, where it is not now."""
+    heard: list[tuple[Any, str, Callable[..., Any]]] = field(default_factory=list)
 
     @property
     def session(self) -> Any:
@@ -87,7 +88,9 @@ class Server:
         return client._fs.s3
 
     def on(self, event: str, act: Callable[..., Any]) -> None:
-        self.session.meta.events.register(event, act)
+        events = self.session.meta.events
+        events.register(event, act)
+        self.heard.append((events, event, act))
 
     def fail(self, operation: str, answer: Callable[[], Any], *, times: int = 10**9, skip: int = 0) -> list[int]:
         """Answer requests of this kind before they are sent; gives a list that grows by one per request."""
@@ -140,7 +143,6 @@ def server(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setattr(s3_client, "_clients", {})
     monkeypatch.setattr(s3_client, "_FIRST_PAUSE", 0.001)
     monkeypatch.setattr(s3_client, "_LONGEST_PAUSE", 0.02)
     monkeypatch.setattr(s3_client, "REQUEST_SECONDS", 5.0)
@@ -150,7 +152,8 @@ def server(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     made.on("after-call.s3.ListMultipartUploads", made.set_times)
     made.call("create_bucket", Bucket=BUCKET)
     yield made
-    gc.collect()
+    for events, event, act in made.heard:
+        events.unregister(event, act)
 
 
 @pytest.fixture
@@ -425,8 +428,9 @@ def test_refused_uploads_leave_nothing(
     kind: type[StorageFailed],
     number: int,
 ) -> None:
-    monkeypatch.setattr(s3_client, "REQUEST_SECONDS", 0.05)
-    monkeypatch.setattr(s3_upload, "_FINISH_SECONDS", 0.05)
+    if kind is StorageUnavailable:
+        monkeypatch.setattr(s3_client, "REQUEST_SECONDS", 0.5)
+        monkeypatch.setattr(s3_upload, "_FINISH_SECONDS", 0.5)
     monkeypatch.setattr(s3_client, "SLOWEST", 1 << 40)
     server.fail(operation, lambda: reply(status, code))
     with pytest.raises(kind, match=f"HTTP {status} {code}") as caught:
@@ -933,7 +937,7 @@ def assert_silent(error: BaseException) -> None:
 def test_errors_of_any_kind_are_silent(
     folder: S3Folder, server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(s3_client, "REQUEST_SECONDS", 0.05)
+    monkeypatch.setattr(s3_client, "REQUEST_SECONDS", 0.3)
     caplog.set_level("DEBUG", "shardmill")
 
     def lost() -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import io
-import itertools
 import logging
 import os
 import random
@@ -479,14 +478,19 @@ async def _insist(
     """Try until it works, with growing and random pauses; give up when time is over or more tries are of no use."""
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
-    for tries in itertools.count(1):
+    trouble: _Trouble | None = None
+    tries = 0
+    while True:
+        tries += 1
         try:
             async with asyncio.timeout_at(end):
                 return await attempt()
         except ShardmillError:
             raise
         except Exception as error:  # noqa: BLE001 - sorted out there, and raised again where it is a defect
-            trouble = _trouble(error)
+            is_out_of_time = isinstance(error, TimeoutError) and loop.time() >= end
+            if trouble is None or not is_out_of_time:  # else what went wrong before tells more
+                trouble = _trouble(error)
         pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(tries, 10)) * random.uniform(0.5, 1.0)  # noqa: S311
         if not trouble.is_transient or give_up() or loop.time() + pause >= end:
             break
