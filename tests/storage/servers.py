@@ -1,0 +1,123 @@
+"""S3 servers for tests: moto in this process, and a Ceph radosgw that somebody else started."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import boto3
+import pytest
+from botocore.config import Config
+
+SMALLEST_PART: Final = 65536
+"""Length in bytes of the shortest part, but the last, that moto takes; real servers want 5 MiB."""
+RADOSGW_VARIABLE: Final = "SHARDMILL_RADOSGW_ENV"
+"""Names the file with `export` lines that `ceph.sh start` writes."""
+ABSENT: Final = (
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_PROFILE",
+    "AWS_REGION",
+    "AWS_SESSION_TOKEN",
+    "FSSPEC_S3",
+    "FSSPEC_S3_ENDPOINT_URL",
+)
+"""What a developer's own environment must not add."""
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A server and the keys for it."""
+
+    endpoint: str
+    access_key: str
+    secret_key: str
+    smallest_part: int
+    """Length in bytes of the shortest part, but the last, of an upload."""
+
+    def environment(self, endpoint: str = "") -> dict[str, str]:
+        """Variables that lead every S3 client to the server, or to a proxy before it."""
+        return {
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_ENDPOINT_URL": endpoint or self.endpoint,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        }
+
+    def lead(self, patch: pytest.MonkeyPatch, endpoint: str = "") -> None:
+        """Set that environment for one test."""
+        for name in ABSENT:
+            patch.delenv(name, raising=False)
+        for name, value in self.environment(endpoint).items():
+            patch.setenv(name, value)
+
+    @cached_property
+    def client(self) -> Any:
+        """A client that knows nothing of the code under test."""
+        return boto3.client(
+            "s3",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+            region_name="us-east-1",
+            config=Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 2}),
+        )
+
+    def new_bucket(self) -> str:
+        """Make an empty bucket."""
+        name = f"test-{secrets.token_hex(6)}"
+        self.client.create_bucket(Bucket=name)
+        return name
+
+    def keys(self, bucket: str) -> list[str]:
+        """Every key of a bucket, sorted."""
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket)
+        return sorted(entry["Key"] for page in pages for entry in page.get("Contents", []))
+
+    def open_uploads(self, bucket: str) -> list[str]:
+        """Keys of the uploads of a bucket that nobody finished or gave up."""
+        pages = self.client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket)
+        return sorted(entry["Key"] for page in pages for entry in page.get("Uploads", []))
+
+
+@contextlib.contextmanager
+def run_moto() -> Iterator[S3Server]:
+    """Start moto at a free port of this process."""
+    os.environ["S3_UPLOAD_PART_MIN_SIZE"] = str(SMALLEST_PART)  # moto reads it when it is imported
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel("ERROR")  # it would print every request
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        yield S3Server(f"http://{host}:{port}", "moto-access", "moto-secret-of-the-tests", SMALLEST_PART)
+    finally:
+        server.stop()
+
+
+def find_radosgw() -> S3Server | None:
+    """The running radosgw that the environment names."""
+    file = os.environ.get(RADOSGW_VARIABLE)
+    if not file:
+        return None
+    found = read_exports(Path(file).read_text())
+    return S3Server(
+        found["AWS_ENDPOINT_URL"], found["AWS_ACCESS_KEY_ID"], found["AWS_SECRET_ACCESS_KEY"], smallest_part=5 << 20
+    )
+
+
+def read_exports(text: str) -> Mapping[str, str]:
+    """The variables that lines such as `export A=b C=d` set."""
+    words = [word for line in text.splitlines() for word in shlex.split(line) if word != "export"]
+    return dict(word.split("=", 1) for word in words)
