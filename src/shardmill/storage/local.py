@@ -67,9 +67,13 @@ class RangeReader:
         with operation("open", path):
             try:
                 self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            except FileNotFoundError as error:
+            except (FileNotFoundError, NotADirectoryError) as error:
                 raise missing("open", path) from error
-        self.identity = identify(path, os.fstat(self._fd))
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(self._fd)
+            raise missing("open", path)
+        self.identity = identify(path, status)
 
     def __enter__(self) -> Self:
         return self
@@ -461,7 +465,10 @@ class LocalFolder:
         path = self.path / name
         with operation("read", path):
             try:
-                size = path.stat().st_size
+                status = path.stat()
+                if not stat.S_ISREG(status.st_mode):
+                    raise missing("read", path)
+                size = status.st_size
                 if size > limit:
                     raise FileTooLarge(errno.EFBIG, f"read {show(str(path), 200)}: {size} bytes, the limit is {limit}")
                 return path.read_bytes()
