@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+
 from storage.fault_proxy import FaultProxy
 from storage.servers import RADOSGW_VARIABLE, S3Server, find_radosgw, run_moto
 

@@ -7,7 +7,8 @@ import logging
 import os
 import secrets
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +42,8 @@ class S3Server:
     secret_key: str
     smallest_part: int
     """Length in bytes of the shortest part, but the last, of an upload."""
+    backend: Any = None
+    """What holds the objects, where that is in this process."""
 
     def environment(self, endpoint: str = "") -> dict[str, str]:
         """Variables that lead every S3 client to the server, or to a proxy before it."""
@@ -79,6 +82,15 @@ class S3Server:
         self.client.create_bucket(Bucket=name)
         return name
 
+    def put_empty(self, bucket: str, keys: Iterable[str]) -> None:
+        """Write many objects that hold nothing, past the network where the server is within reach."""
+        if self.backend is not None:
+            for key in keys:
+                self.backend.put_object(bucket, key, b"")
+            return
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(lambda key: self.client.put_object(Bucket=bucket, Key=key), keys))
+
     def keys(self, bucket: str) -> list[str]:
         """Every key of a bucket, sorted."""
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket)
@@ -94,6 +106,8 @@ class S3Server:
 def run_moto() -> Iterator[S3Server]:
     """Start moto at a free port of this process."""
     os.environ["S3_UPLOAD_PART_MIN_SIZE"] = str(SMALLEST_PART)  # moto reads it when it is imported
+    from moto.core import DEFAULT_ACCOUNT_ID
+    from moto.s3.models import s3_backends
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel("ERROR")  # it would print every request
@@ -101,7 +115,8 @@ def run_moto() -> Iterator[S3Server]:
     server.start()
     try:
         host, port = server.get_host_and_port()
-        yield S3Server(f"http://{host}:{port}", "moto-access", "moto-secret-of-the-tests", SMALLEST_PART)
+        backend = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
+        yield S3Server(f"http://{host}:{port}", "moto-access", "moto-secret-of-the-tests", SMALLEST_PART, backend)
     finally:
         server.stop()
 

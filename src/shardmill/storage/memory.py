@@ -256,13 +256,13 @@ class MemoryReader:
         Raises:
             SourceChanged: the file is another one by now, or ends before the view is full.
         """
-        flat = view.cast("B") if view.nbytes else memoryview(b"")
-        data = self._folder.read_part(self._name, self.identity, offset, flat.nbytes)
-        if len(data) < flat.nbytes:
+        data = self._folder.read_part(self._name, self.identity, offset, view.nbytes)
+        if len(data) < view.nbytes:
             raise SourceChanged(
                 f"{show(self.identity.url, 200)} ends at byte {offset + len(data)}; it was longer when planned"
             )
-        flat[:] = data
+        if data:
+            view.cast("B")[:] = data
         self.bytes_read += len(data)
 
 
