@@ -8,11 +8,22 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from shardmill.storage import s3, s3_upload
+from shardmill.storage.blocks import BlockReader
 from shardmill.storage.folder import Folder
 from shardmill.storage.location import open_folder
 from storage.servers import S3Server
+
+
+def use_small_parts(patch: pytest.MonkeyPatch, part: int) -> None:
+    """Let S3 folders move `part` bytes at a time, and fetch blocks of 64 KiB."""
+    for name in ("PART_BYTES", "COPY_PART_BYTES", "_MIB"):
+        patch.setattr(s3_upload, name, part)
+    patch.setattr(s3, "COPY_WHOLE_BYTES", part)
+    patch.setitem(BlockReader.__init__.__kwdefaults__ or {}, "block_bytes", 1 << 16)
 
 
 class Place(ABC):
@@ -88,8 +99,10 @@ class MemoryPlace(Place):
 
 
 class S3Place(Place):
-    def __init__(self, server: S3Server) -> None:
+    def __init__(self, server: S3Server, patch: pytest.MonkeyPatch, endpoint: str = "") -> None:
+        server.lead(patch, endpoint)
         self.server, self.part = server, server.smallest_part
+        use_small_parts(patch, self.part)
         self.bucket, self.prefix = server.new_bucket(), "models/base"
         self.url = f"s3://{self.bucket}/{self.prefix}"
 
