@@ -26,8 +26,17 @@ def radosgw() -> S3Server:
     return server
 
 
+@pytest.fixture(params=["moto", pytest.param("radosgw", marks=pytest.mark.ceph)])
+def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """Each S3 server in turn; clients of this process are led to it."""
+    found: S3Server = request.getfixturevalue(request.param)
+    found.lead(monkeypatch)
+    return found
+
+
 @pytest.fixture
-def moto_proxy(moto: S3Server) -> Iterator[FaultProxy]:
-    """A proxy before moto that does what its rules say."""
-    with FaultProxy(moto.endpoint) as proxy:
-        yield proxy
+def proxy(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """A proxy before the server, which does what its rules say; clients of this process are led to it."""
+    with FaultProxy(server.endpoint) as running:
+        server.lead(monkeypatch, running.url)
+        yield running

@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +23,8 @@ SMALLEST_PART: Final = 65536
 """Length in bytes of the shortest part, but the last, that moto takes; real servers want 5 MiB."""
 RADOSGW_VARIABLE: Final = "SHARDMILL_RADOSGW_ENV"
 """Names the file with `export` lines that `ceph.sh start` writes."""
+_MOTO_BEGAN: Final = b"2010-11-10T20:48:33.000Z"
+"""When every upload began, as moto has it."""
 ABSENT: Final = (
     "AWS_ENDPOINT_URL_S3",
     "AWS_PROFILE",
@@ -108,16 +111,27 @@ def run_moto() -> Iterator[S3Server]:
     os.environ["S3_UPLOAD_PART_MIN_SIZE"] = str(SMALLEST_PART)  # moto reads it when it is imported
     from moto.core import DEFAULT_ACCOUNT_ID
     from moto.s3.models import s3_backends
+    from moto.s3.responses import S3Response
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel("ERROR")  # it would print every request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
+    list_uploads = S3Response.list_multipart_uploads
+
+    def list_uploads_of_today(response: S3Response) -> Any:
+        status, headers, body = list_uploads(response)
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z").encode()
+        data = body.encode() if isinstance(body, str) else body
+        return status, headers, data.replace(_MOTO_BEGAN, now)
+
+    S3Response.list_multipart_uploads = list_uploads_of_today  # type: ignore[method-assign]
     try:
         host, port = server.get_host_and_port()
         backend = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
         yield S3Server(f"http://{host}:{port}", "moto-access", "moto-secret-of-the-tests", SMALLEST_PART, backend)
     finally:
+        S3Response.list_multipart_uploads = list_uploads  # type: ignore[method-assign]
         server.stop()
 
 
