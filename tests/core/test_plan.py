@@ -57,6 +57,28 @@ def test_layout_has_no_holes_and_is_aligned(shards: list[dict[str, Any]], scheme
             reached = placed.end
 
 
+RECIPES: list[dict[str, Any]] = [
+    {"scheme": "FP8_DYNAMIC"},
+    {"scheme": "FP8_DYNAMIC", "targets": "Linear"},
+    {"scheme": "W8A8"},
+    {"scheme": "NVFP4A16"},
+    {"scheme": "W4A16"},
+    {"scheme": "W4A16", "group_size": 32},
+    {"scheme": "FP8_DYNAMIC", "ignore": ["re:.*down_proj"]},
+    {"scheme": "FP8_DYNAMIC", "default_ignores": False},
+    {"scheme": "NVFP4A16", "partial_fused": True, "ignore": ["re:.*q_proj"]},
+]
+
+
+def test_jobs_on_one_source_have_one_outline_where_they_have_one_shape() -> None:
+    source = checkpoint_of([llama_table()])
+    jobs = [shard for recipe in RECIPES for shard in build_plan(source, parse_recipe(recipe)).shards]
+    assert [(a.outline() == b.outline()) for a in jobs for b in jobs] == [
+        a.shape() == b.shape() for a in jobs for b in jobs
+    ]
+    assert len({job.shape() for job in jobs}) == len(RECIPES) - 1
+
+
 def test_odd_sizes_come_last_so_that_the_others_stay_aligned() -> None:
     table = {
         "a.weight": ("BF16", (33, 5)),

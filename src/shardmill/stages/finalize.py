@@ -82,8 +82,8 @@ def claim_of(plan: Plan, source: SourceFolder, run: str = "") -> Claim:
     """What a run says of itself while it makes a destination; the same states of the same files are the same plan."""
     config = assemble.config_document(plan)
     states = {name: source.identity(name).fingerprint() for name in (*(s.name for s in plan.shards), *plan.files)}
-    shapes = [(shard.name, shard.shape()) for shard in plan.shards]
-    return new_claim(digest_json([shapes, states, config]), run)
+    outlines = [(shard.name, shard.outline()) for shard in plan.shards]
+    return new_claim(digest_json([outlines, states, config]), run)
 
 
 def clear_claim(plan: Plan, source: SourceFolder, locations: Locations) -> None:
