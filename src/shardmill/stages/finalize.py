@@ -45,9 +45,7 @@ def finalize(
     document = _manifest(plan, outcomes, files)
     keys = [receipt.key for receipt in receipts.values()]
     store.note_publication(str(parse_location(locations.destination)), document["plan"], keys)
-    if not is_published(destination, document):
-        if not destination.is_free():
-            raise in_use(destination.url, "it holds the result of another plan")
+    if destination.is_free():
         release = Release(
             shards=tuple(_shard_piece(shard.name, receipts[shard.name], store) for shard in plan.shards),
             files=tuple(_file_piece(name, files[name], source) for name in plan.files),
@@ -56,6 +54,8 @@ def finalize(
             config=assemble.encode_document(assemble.config_document(plan)),
         )
         _publish(destination, release, claim, document)
+    elif not is_published(destination, document):
+        raise in_use(destination.url, "it holds the result of another plan")
     return document
 
 
