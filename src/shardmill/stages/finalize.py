@@ -17,7 +17,7 @@ from shardmill.stages.plan import Locations
 from shardmill.storage.claim import Claim, new_claim
 from shardmill.storage.hashing import hash_file
 from shardmill.storage.location import parse_location
-from shardmill.storage.publish import Destination, Piece, Release, in_use
+from shardmill.storage.publish import Destination, Piece, Release, in_use, is_whole
 from shardmill.storage.source import SourceFolder
 from shardmill.storage.store import Store, blob_name
 
@@ -113,7 +113,7 @@ def published_result(plan: Plan, locations: Locations, store: Store) -> dict[str
     keys = {shard.name: shard.job_key(digests) for shard in plan.shards}
     digest = assemble.plan_digest(plan, keys, _file_digests(plan, source))
     found = destination.manifest()
-    if found is None or found.get("plan") != digest or not _is_whole(destination, found):
+    if found is None or found.get("plan") != digest or not is_whole(destination, found):
         raise in_use(destination.url, "it holds the result of another plan")
     return found
 
@@ -127,13 +127,4 @@ def _file_digests(plan: Plan, source: SourceFolder) -> dict[str, str]:
 def is_published(destination: Destination, manifest: Mapping[str, Any]) -> bool:
     """Whether a destination holds exactly the result that a manifest describes, as far as names and sizes tell."""
     found = destination.manifest()
-    return found is not None and found.get("plan") == manifest["plan"] and _is_whole(destination, manifest)
-
-
-def _is_whole(destination: Destination, manifest: Mapping[str, Any]) -> bool:
-    """Whether every shard of a manifest is there, in the size that it says."""
-    found = destination.folder.listing()
-    return all(
-        (state := found.get(entry["name"])) is not None and state.size == entry["size"]
-        for entry in manifest.get("shards", ())
-    )
+    return found is not None and found.get("plan") == manifest["plan"] and is_whole(destination, manifest)
