@@ -156,7 +156,7 @@ def _lock(path: Path, destination: Path, claim: Claim) -> int | None:
 def _is_named(fd: int, path: Path) -> bool:
     """Whether an open file still has its name."""
     try:
-        return os.path.sameopenfile(fd, fd) and os.fstat(fd).st_ino == path.stat().st_ino
+        return os.path.samestat(os.fstat(fd), path.stat())
     except FileNotFoundError:
         return False
 

@@ -39,7 +39,7 @@ class Location:
     def __str__(self) -> str:
         if self.kind == LOCAL:
             return self.path
-        at = f"@{self.revision}" if self.revision else ""
+        at = f"@{self.revision.replace('/', '%2F')}" if self.revision else ""
         return f"{self.kind}://{self.root}{at}" + (f"/{self.path}" if self.path else "")
 
     def beside(self, name: str) -> Location:
@@ -98,7 +98,7 @@ def parse_location(url: str) -> Location:
 def _parse_hub(rest: str) -> Location:
     repository, parts = "/".join(rest.split("/")[:2]), rest.split("/")[2:]
     found = _REPOSITORY.fullmatch(repository)
-    if found is None or {".", "..", ""} & {*parts, *repository.split("/")}:
+    if found is None or "?" in rest or {".", "..", ""} & {*parts, *repository.split("/")}:
         message = "expected hf://organization/repository, with @revision behind it if need be"
         raise refuse("location", message, file=_masked(f"{HUB}://{rest}"), way_out="write it anew")
     return Location(HUB, found[1], "/".join(parts), (found[2] or "").replace("%2F", "/"))
@@ -107,9 +107,8 @@ def _parse_hub(rest: str) -> Location:
 def _masked(url: str) -> str:
     """A URL without what could be a secret."""
     kind, _, rest = url.partition("://")
-    authority, slash, path = rest.partition("/")
-    path = re.split(r"[?#]", path)[0]
-    return f"{kind}://{'…@' if '@' in authority else ''}{authority.rpartition('@')[2]}{slash}{path}"
+    _, at, rest = rest.rpartition("@")
+    return f"{kind}://{'…@' if at else ''}{re.split('[?#]', rest)[0]}"
 
 
 def open_folder(url: str) -> Folder:
