@@ -234,7 +234,9 @@ BAD_DESTINATIONS: list[tuple[str, str, Damage]] = [
     ("the source", "source", lambda _: None),
     ("inside the source", "source/result", lambda _: None),
     ("around the source", ".", lambda _: None),
-    ("a bucket", "s3://bucket/model", lambda _: None),
+    ("no storage of ours", "gs://bucket/model", lambda _: None),
+    ("the Hub", "hf://organization/model", lambda _: None),
+    ("a key in the URL", "s3://AKIA:secret@bucket/model", lambda _: None),
 ]
 
 
@@ -276,7 +278,9 @@ def test_a_result_of_another_plan_is_refused(source: Path, tmp_path: Path, capsy
     ("arguments", "expected"),
     [
         (["plan", "nowhere"], "`nowhere`: expected a folder"),
-        (["plan", "s3://bucket/x"], "locations of kind `s3` are not supported"),
+        (["plan", "gs://bucket/x"], "locations of kind `gs` are not supported"),
+        (["plan", "s3://AKIA:secret@bucket/x"], "`s3://…@bucket/x`: expected no user, key or option in the URL"),
+        (["run", "source", "hf://organization/model", "--store", "store"], "the Hub is a source only"),
         (["run", "nowhere", "result"], "`nowhere`: expected a folder"),
         (["run", "source", "result", "--search", "mse"], "search `mse` is not available in this version"),
         (["run", "source", "result", "--device", "cuda:77"], "device `cuda:77` is not on this machine"),

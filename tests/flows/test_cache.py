@@ -28,7 +28,7 @@ from shardmill.flows.quantize_checkpoint import quantize_checkpoint
 from shardmill.orchestration import StageCachePolicy, agrees, is_own_record
 from shardmill.stages.plan import make_plan
 from shardmill.storage.local import RangeReader
-from shardmill.storage.source import SourceFolder
+from shardmill.storage.source import open_source
 
 NAME = "model-00002-of-00004.safetensors"
 BLAKE = Digest("blake3", "00ff")
@@ -309,7 +309,7 @@ def test_a_record_of_other_shard_names_does_not_count(
 def key_of(ask: Ask, source: Path, records: object) -> str | None:
     """The key of the first shard of `source`, as the engine asks for it."""
     job = ask().to_job(f"{source}")
-    shard = make_plan(SourceFolder(source), uniform("FP8_DYNAMIC")).shards[0]
+    shard = make_plan(open_source(str(source)), uniform("FP8_DYNAMIC")).shards[0]
     context: Any = SimpleNamespace(result_store=SimpleNamespace(result_storage=records))
     return StageCachePolicy().compute_key(context, {"shard": shard, "job": job}, {})
 
@@ -342,7 +342,7 @@ def test_a_key_does_not_read_source_or_blob(
     def must_not_read(*_: object) -> None:
         raise AssertionError("bytes were read")
 
-    shard = make_plan(SourceFolder(source), uniform("FP8_DYNAMIC")).shards[0]
+    shard = make_plan(open_source(str(source)), uniform("FP8_DYNAMIC")).shards[0]
     context: Any = SimpleNamespace(result_store=SimpleNamespace(result_storage=LocalFileSystem(basepath=str(records))))
     monkeypatch.setattr(RangeReader, "__init__", must_not_read)
     key = StageCachePolicy().compute_key(context, {"shard": shard, "job": ask().to_job("run")}, {})

@@ -178,8 +178,8 @@ def test_cancelling_stops_a_run_that_is_at_work(worker: str, ask: Ask, tmp_path:
     blobs = tmp_path / ".shardmill" / "blobs"
     with SyncPrefectClient(worker) as client:
         run = start(client, request)
-        wait_until("a shard is being written", lambda: any(blobs.glob(".*.tmp")))
+        wait_until("a shard is being written", lambda: any(blobs.glob(".shardmill-*.tmp")))
         client.set_flow_run_state(run.id, Cancelling())
         wait_until("the run is cancelled", lambda: state_of(client, run) == "Cancelled", 60)
-    assert list(blobs.glob(".*.tmp")) == []
+    assert list(blobs.glob(".shardmill-*.tmp")) == []
     assert not (tmp_path / "result").exists()

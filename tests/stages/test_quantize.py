@@ -25,7 +25,7 @@ from shardmill.stages.devices import DevicePool
 from shardmill.stages.pipeline import RunOptions, RunResult, Watcher, run
 from shardmill.stages.plan import Locations, make_plan
 from shardmill.stages.quantize import Controls, quantize_shard
-from shardmill.storage.source import SourceFolder
+from shardmill.storage.source import SourceFolder, open_source
 from shardmill.storage.store import Store
 
 CPU = RunOptions(device="cpu", workers=1)
@@ -280,7 +280,7 @@ def test_a_source_that_changes_while_it_is_read_leaves_no_blob(tmp_path: Path) -
     store.prepare()
     with pytest.raises(SourceChanged, match="changed while"):
         quantize_shard(plan.shards[0], source, store, Controls(DevicePool(("cpu",)), on_bytes=touch))
-    assert [path.name for part in ("blobs", "receipts") for path in (store.root / part).iterdir()] == []
+    assert [path.name for part in ("blobs", "receipts") for path in (tmp_path / ".shardmill").glob(f"{part}/*")] == []
 
 
 def test_stopping_keeps_finished_shards_and_leaves_no_temporary_file(tmp_path: Path) -> None:
@@ -355,11 +355,11 @@ def test_a_cold_shard_is_read_once_and_its_digest_is_remembered(
     (shard,) = plan.shards
     with row_blocks(9000):
         outcome = quantize_shard(shard, source, store, CONTROLS)
-    digest = digest_of(source.path(shard.name))
+    digest = digest_of(tmp_path / "src" / shard.name)
     assert outcome.bytes_read == shard.size
     assert outcome.sources == ((shard.name, digest),)
     assert outcome.receipt.key == shard.job_key({shard.name: digest})
-    assert str(store.known_digest(source.path(shard.name))) == digest
+    assert str(store.known_digest(source.identity(shard.name))) == digest
     again = quantize_shard(shard, source, store, CONTROLS)
     assert (again.is_hit, again.bytes_read) == (True, 0)
     assert again.receipt.to_bytes() == outcome.receipt.to_bytes()
@@ -368,8 +368,8 @@ def test_a_cold_shard_is_read_once_and_its_digest_is_remembered(
 def test_a_young_file_is_not_remembered(tmp_path: Path) -> None:
     plan, source, store = prepared(tmp_path, [checkpoints.llama()], "FP8_DYNAMIC")
     outcome = quantize_shard(plan.shards[0], source, store, CONTROLS)
-    assert outcome.sources == ((plan.shards[0].name, digest_of(source.path(plan.shards[0].name))),)
-    assert store.known_digest(source.path(plan.shards[0].name)) is None
+    assert outcome.sources == ((plan.shards[0].name, digest_of(tmp_path / "src" / plan.shards[0].name)),)
+    assert store.known_digest(source.identity(plan.shards[0].name)) is None
 
 
 @pytest.mark.parametrize("leaf", ["qkv", "gate_up_down", "all"])
@@ -384,7 +384,7 @@ def test_a_cold_shard_with_global_scales_is_read_at_most_twice(tmp_path: Path, l
     # o_proj stands between k_proj and q_proj, which are measured first: the digest takes it in before its turn.
     between = sum(t.spec.nbytes for t in shard.tensors if "o_proj" in t.spec.name)
     assert shard.size < outcome.bytes_read <= 2 * shard.size + between
-    assert outcome.sources == ((shard.name, digest_of(source.path(shard.name))),)
+    assert outcome.sources == ((shard.name, digest_of(tmp_path / "src" / shard.name)),)
 
 
 def test_a_digest_is_right_where_the_source_is_not_read_in_its_order(tmp_path: Path) -> None:
@@ -394,7 +394,7 @@ def test_a_digest_is_right_where_the_source_is_not_read_in_its_order(tmp_path: P
     (shard,) = plan.shards
     with row_blocks(5000):
         outcome = quantize_shard(shard, source, store, CONTROLS)
-    assert outcome.sources == ((shard.name, digest_of(source.path(shard.name))),)
+    assert outcome.sources == ((shard.name, digest_of(tmp_path / "src" / shard.name)),)
     assert shard.size <= outcome.bytes_read <= shard.size + sum(range(20, 27)) + 64
 
 
@@ -410,7 +410,7 @@ def test_a_copy_of_the_source_is_hashed_found_and_not_computed(tmp_path: Path, m
     plan, source, store = prepared(tmp_path, [checkpoints.llama()], "FP8_DYNAMIC")
     first = quantize_shard(plan.shards[0], source, store, CONTROLS)
     shutil.copytree(tmp_path / "src", tmp_path / "copy")
-    copied = SourceFolder(tmp_path / "copy")
+    copied = open_source(str(tmp_path / "copy"))
 
     def refuse(*_: object, **_more: object) -> None:
         raise AssertionError("computed again")
@@ -427,12 +427,12 @@ def test_another_source_of_the_same_shape_is_hashed_first_and_computed(tmp_path:
     first = quantize_shard(plan.shards[0], source, store, CONTROLS)
     other = checkpoints.llama()
     other["model.norm.weight"] += 1
-    folder = SourceFolder(checkpoints.write(tmp_path / "other", [other]))
+    folder = open_source(str(checkpoints.write(tmp_path / "other", [other])))
     (shard,) = make_plan(folder, uniform("FP8_DYNAMIC")).shards
     outcome = quantize_shard(shard, folder, store, CONTROLS)
     assert not outcome.is_hit
     assert outcome.bytes_read > shard.size
-    assert outcome.sources == ((shard.name, digest_of(folder.path(shard.name))),)
+    assert outcome.sources == ((shard.name, digest_of(tmp_path / "other" / shard.name)),)
     assert outcome.receipt.key != first.receipt.key
 
 
@@ -446,12 +446,14 @@ def test_a_source_truncated_while_it_is_read_leaves_nothing(tmp_path: Path, sche
     def truncate(count: int) -> None:
         reads.append(count)
         if len(reads) > when:
-            os.truncate(source.path(shard.name), shard.size // 2)
+            os.truncate(tmp_path / "src" / shard.name, shard.size // 2)
 
     with row_blocks(9000), pytest.raises(SourceChanged):
         quantize_shard(shard, source, store, Controls(DevicePool(("cpu",)), on_bytes=truncate))
     assert len(reads) > when
-    assert [path.name for part in ("blobs", "receipts", "digests") for path in (store.root / part).iterdir()] == []
+    assert [
+        path.name for part in ("blobs", "receipts", "digests") for path in (tmp_path / ".shardmill").glob(f"{part}/*")
+    ] == []
     assert [thread.name for thread in threading.enumerate() if thread.name == "write-behind"] == []
     checkpoints.write(tmp_path / "src", [checkpoints.llama()])
     assert not quantize_shard(shard, source, store, CONTROLS).is_hit

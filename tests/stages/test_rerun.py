@@ -14,9 +14,10 @@ from shardmill.core.plan import ShardPlan
 from shardmill.core.recipe import uniform
 from shardmill.stages.pipeline import RunOptions, RunResult, run
 from shardmill.stages.plan import Locations
-from shardmill.storage import local, store
+from shardmill.storage import hashing, store
+from shardmill.storage import source as source_module
+from shardmill.storage.folder import Folder
 from shardmill.storage.local import RangeReader
-from shardmill.storage.source import SourceFolder
 from shardmill.storage.store import FAST, FULL
 
 SHARDS = 4
@@ -28,6 +29,7 @@ RESTS = ["published", "removed"]
 def locations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Locations:
     """A finished run whose source's digests are remembered."""
     monkeypatch.setattr(store, "_FRESH_NS", 0)
+    monkeypatch.setattr(source_module, "_HEADER_GUESS", 8)  # these shards are not longer than what is asked for first
     source = checkpoints.write(tmp_path / "source", checkpoints.deal(checkpoints.llama(), SHARDS))
     found = Locations(source=str(source), destination=str(tmp_path / "result"))
     assert sum(outcome.is_hit for outcome in again(found).outcomes) == 0
@@ -38,9 +40,13 @@ def again(locations: Locations, verify: str = FAST) -> RunResult:
     return run(locations, uniform("NVFP4A16"), RunOptions(device="cpu", workers=1, verify=verify))
 
 
+def store_path(locations: Locations) -> Path:
+    return Path(locations.store_location.path)
+
+
 def leave(locations: Locations, rest: str) -> None:
     if rest == "removed":
-        shutil.rmtree(locations.destination_path)
+        shutil.rmtree(Path(locations.destination))
 
 
 @pytest.fixture
@@ -59,12 +65,12 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, int]]:
 
 def tensor_reads(locations: Locations, reads: list[tuple[Path, int]]) -> set[str]:
     """Names of the source shards and blobs of which more than the header was read."""
-    source = SourceFolder(Path(locations.source))
+    source = locations.open_source()
     return {
         path.name
         for path, end in reads
         if path.suffix == ".safetensors"
-        and (path.parent != source.root or end > source.read_header(path.name).header.data_start)
+        and (path.parent != source.folder.path or end > source.read_header(path.name).header.data_start)
     }
 
 
@@ -75,14 +81,14 @@ def test_nothing_to_do_reads_no_tensor(locations: Locations, rest: str, reads: l
     assert sum(outcome.is_hit for outcome in result.outcomes) == SHARDS
     assert len(reads) > 0
     assert tensor_reads(locations, list(reads)) == set()
-    assert (locations.destination_path / "config.json").exists()
+    assert (Path(locations.destination) / "config.json").exists()
 
 
 def test_a_finished_run_is_remembered_however_young_its_blobs_are(
     locations: Locations, reads: list[tuple[Path, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.rmtree(locations.destination_path)
-    shutil.rmtree(locations.store_path / "blobs")
+    shutil.rmtree(Path(locations.destination))
+    shutil.rmtree(store_path(locations) / "blobs")
     monkeypatch.setattr(store, "_FRESH_NS", 2_000_000_000)
     assert sum(outcome.is_hit for outcome in again(locations).outcomes) == 0
     reads.clear()
@@ -94,14 +100,14 @@ def test_a_finished_run_is_remembered_however_young_its_blobs_are(
 def test_full_verification_reads_every_blob(locations: Locations, rest: str, reads: list[tuple[Path, int]]) -> None:
     leave(locations, rest)
     again(locations, FULL)
-    blobs = {path.name for path in (locations.store_path / "blobs").iterdir()}
+    blobs = {path.name for path in (store_path(locations) / "blobs").iterdir()}
     assert len(blobs) == SHARDS
     assert blobs <= tensor_reads(locations, list(reads))
 
 
 def test_a_blob_that_was_edited_is_done_again(locations: Locations) -> None:
-    shutil.rmtree(locations.destination_path)
-    blob = next((locations.store_path / "blobs").iterdir())
+    shutil.rmtree(Path(locations.destination))
+    blob = next((store_path(locations) / "blobs").iterdir())
     whole = blob.read_bytes()
     blob.chmod(0o600)
     blob.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -130,7 +136,7 @@ def test_a_damaged_blob_of_a_published_result_is_warned_of(
     locations: Locations, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Blob and result are one file: whoever truncates one loses both, and the size tells."""
-    blob = next((locations.store_path / "blobs").iterdir())
+    blob = next((store_path(locations) / "blobs").iterdir())
     blob.chmod(0o600)
     with blob.open("r+b") as file:
         file.seek(0)
@@ -143,14 +149,14 @@ def test_a_damaged_blob_of_a_published_result_is_warned_of(
 def test_edges_are_read_once_per_state(locations: Locations, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is not remembered is verified once, and then remembered."""
     read: list[Path] = []
-    hash_edges = local.hash_edges
+    hash_edges = hashing.hash_edges
 
-    def note(path: Path) -> tuple[object, object]:
-        read.append(path)
-        return hash_edges(path)
+    def note(folder: Folder, name: str) -> tuple[object, object]:
+        read.append(store_path(locations) / name)
+        return hash_edges(folder, name)
 
     monkeypatch.setattr(store, "hash_edges", note)
-    blobs = sorted((locations.store_path / "blobs").iterdir())
+    blobs = sorted((store_path(locations) / "blobs").iterdir())
     os.utime(blobs[0])  # as a restored backup has
     again(locations)
     again(locations)

@@ -16,16 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardmill.errors import SourceChanged, StorageFailed
-from shardmill.storage import local
-from shardmill.storage.local import (
-    FileWriter,
-    RangeReader,
-    SourceHash,
-    hash_edges,
-    hash_file,
-    remove_dead_temporaries,
-    write_small,
-)
+from shardmill.storage import hashing, local
+from shardmill.storage.hashing import SourceHash, hash_edges, hash_file
+from shardmill.storage.local import FileWriter, LocalFolder, RangeReader, remove_dead_temporaries
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -34,10 +27,10 @@ def leftovers(folder: Path) -> list[str]:
 
 def test_a_committed_file_has_its_bytes_digests_and_mode(tmp_path: Path) -> None:
     data = os.urandom(3_000_000)
-    with FileWriter(tmp_path, len(data)) as writer:
+    with FileWriter(tmp_path, "a", len(data)) as writer:
         for begin in range(0, len(data), 700_001):
             writer.write(memoryview(data)[begin : begin + 700_001])
-        digests = writer.commit(tmp_path / "a")
+        digests = writer.commit()
     assert (tmp_path / "a").read_bytes() == data
     assert digests.whole.value == blake3(data).hexdigest()
     umask = os.umask(0)
@@ -54,29 +47,29 @@ def test_streamed_digests_equal_those_of_the_file(
     folder = tmp_path_factory.mktemp("edge")
     data = os.urandom(size)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local, "EDGE_BYTES", edge)
-        with FileWriter(folder, size) as writer:
+        patch.setattr(hashing, "EDGE_BYTES", edge)
+        with FileWriter(folder, "a", size) as writer:
             for begin in range(0, size, cut):
                 writer.write(memoryview(data)[begin : begin + cut])
-            digests = writer.commit(folder / "a")
-        assert hash_file(folder / "a")[0] == digests
-        assert hash_edges(folder / "a") == (digests.head, digests.tail)
+            digests = writer.commit()
+        assert hash_file(LocalFolder(folder), "a")[0] == digests
+        assert hash_edges(LocalFolder(folder), "a") == (digests.head, digests.tail)
     assert digests.head.value == blake3(data[:edge]).hexdigest()
     assert digests.tail.value == blake3(data[max(0, size - edge) :]).hexdigest()
 
 
 @pytest.mark.parametrize("written", [0, 3, 7, 9])
 def test_too_few_or_too_many_bytes_are_never_committed(tmp_path: Path, written: int) -> None:
-    with FileWriter(tmp_path, 8) as writer:
+    with FileWriter(tmp_path, "a", 8) as writer:
         writer.write(memoryview(b"x" * written))
         with pytest.raises(StorageFailed, match="8 bytes announced"):
-            writer.commit(tmp_path / "a")
+            writer.commit()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
     def fail() -> None:
-        with FileWriter(tmp_path, 8) as writer:
+        with FileWriter(tmp_path, "a", 8) as writer:
             writer.write(memoryview(b"1234"))
             raise KeyboardInterrupt
 
@@ -93,22 +86,23 @@ def test_a_full_disk_is_told_with_operation_and_path_and_leaves_nothing(
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
     with pytest.raises(StorageFailed, match=r"allocate .*\.tmp.*No space left"):
-        FileWriter(tmp_path, 8)
+        FileWriter(tmp_path, "a", 8)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_temporary_files_of_dead_writers_are_removed_and_of_living_ones_kept(tmp_path: Path) -> None:
-    (tmp_path / ".old.abcdef.tmp").write_bytes(b"dead")
+    (tmp_path / ".shardmill-abcdef.tmp").write_bytes(b"dead")
     (tmp_path / "other.tmp").write_bytes(b"not ours")
-    with FileWriter(tmp_path, 1) as writer:
+    (tmp_path / ".other.abcdef.tmp").write_bytes(b"not ours")
+    with FileWriter(tmp_path, "a", 1) as writer:
         assert remove_dead_temporaries(tmp_path) == 1
         writer.write(memoryview(b"x"))
-        writer.commit(tmp_path / "a")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "other.tmp"]
+        writer.commit()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.abcdef.tmp", "a", "other.tmp"]
 
 
 def test_many_writers_of_one_name_leave_one_whole_file(tmp_path: Path) -> None:
-    threads = [threading.Thread(target=write_small, args=(tmp_path / "a", b"same" * 1000)) for _ in range(8)]
+    threads = [threading.Thread(target=LocalFolder(tmp_path).put, args=("a", b"same" * 1000)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -150,7 +144,7 @@ def test_a_file_that_changes_while_it_is_open_is_noticed(tmp_path: Path) -> None
 
 
 def test_a_missing_file_is_told_with_its_path(tmp_path: Path) -> None:
-    with pytest.raises(StorageFailed, match=r"open .*absent.*No such file"):
+    with pytest.raises(StorageFailed, match=r"open .*absent.*no such file"):
         RangeReader(tmp_path / "absent")
 
 
@@ -178,7 +172,7 @@ def test_a_digest_taken_along_is_that_of_the_file_and_reads_no_byte_twice(
     data = os.urandom(size)
     path.write_bytes(data)
     with pytest.MonkeyPatch.context() as patch, RangeReader(path) as reader:
-        patch.setattr(local, "_CHUNK_BYTES", chunk)
+        patch.setattr(hashing, "_CHUNK_BYTES", chunk)
         own: list[int] = []
         plain = reader.read_into
 
@@ -228,10 +222,10 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def written(folder: Path, data: bytes, cut: int) -> bytes:
-    with FileWriter(folder, len(data)) as writer:
+    with FileWriter(folder, "a", len(data)) as writer:
         for begin in range(0, len(data), cut):
             writer.write(memoryview(data)[begin : begin + cut])
-        digests = writer.commit(folder / "a")
+        digests = writer.commit()
     assert digests.whole.value == blake3(data).hexdigest()
     assert leftovers(folder) == []
     return (folder / "a").read_bytes()
@@ -253,7 +247,7 @@ def test_large_files_go_past_the_page_cache_and_small_ones_do_not(tmp_path: Path
     can_be = local._set_direct(probe, on=True)
     os.close(probe)
     for size, is_large in ((4 * BLOCK - 1, False), (4 * BLOCK, True)):
-        with FileWriter(tmp_path, size) as writer:
+        with FileWriter(tmp_path, "a", size) as writer:
             assert isinstance(writer._stream, local._DirectStream) == (is_large and can_be)
 
 
@@ -294,7 +288,7 @@ def test_a_file_system_that_does_not_know_the_flag_gets_the_usual_writes(
 
     monkeypatch.setattr(fcntl, "fcntl", refuse)
     data = os.urandom(6 * BLOCK + 5)
-    with FileWriter(tmp_path, len(data)) as writer:
+    with FileWriter(tmp_path, "a", len(data)) as writer:
         assert isinstance(writer._stream, local._Stream)
     assert written(tmp_path, data, 3000) == data
 
@@ -337,7 +331,7 @@ def test_a_disk_that_gets_full_behind_the_writer_is_told_and_leaves_nothing(
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("blocks", [0, 1, 3, 5])
 def test_giving_up_ends_the_writing_thread_and_leaves_nothing(tmp_path: Path, blocks: int) -> None:
-    writer = FileWriter(tmp_path, 6 * BLOCK)
+    writer = FileWriter(tmp_path, "a", 6 * BLOCK)
     writer.write(memoryview(bytes(blocks * BLOCK)))
     writer.abort()
     assert list(tmp_path.iterdir()) == []
@@ -357,7 +351,7 @@ def test_a_writer_that_cannot_start_leaves_nothing(
     monkeypatch.setattr(local, "_DirectStream", refuse)
     monkeypatch.setattr(local, "_set_direct", lambda _fd, on: on)
     with pytest.raises(told, match=r"no memory|no thread"):
-        FileWriter(tmp_path, 6 * BLOCK)
+        FileWriter(tmp_path, "a", 6 * BLOCK)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -386,5 +380,5 @@ def test_files_on_no_block_device_are_written_through_the_page_cache(
 ) -> None:
     monkeypatch.setattr(local, "_DIRECT_BYTES", BLOCK)
     monkeypatch.setattr(os, "major", lambda _device: 0)  # as on a RAM disk
-    with FileWriter(tmp_path, 100 * BLOCK) as writer:
+    with FileWriter(tmp_path, "a", 100 * BLOCK) as writer:
         assert isinstance(writer._stream, local._Stream)

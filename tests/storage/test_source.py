@@ -9,7 +9,7 @@ import pytest
 import checkpoints
 from shardmill.core.plan import Checkpoint
 from shardmill.errors import CheckpointInvalid
-from shardmill.storage.source import local_path, open_source, read_checkpoint
+from shardmill.storage.source import open_source, read_checkpoint
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_a_source_that_is_no_folder_is_refused(tmp_path: Path) -> None:
         open_source(str(tmp_path / "absent"))
 
 
-def test_locations(tmp_path: Path) -> None:
-    assert local_path(f"file://{tmp_path}") == tmp_path
+def test_a_source_is_found_by_url_as_by_path(source: Path) -> None:
+    assert open_source(f"file://{source}").folder.path == source
     with pytest.raises(CheckpointInvalid, match="not supported"):
-        local_path("gs://bucket/x")
+        open_source("gs://bucket/x")
