@@ -452,7 +452,7 @@ class LocalFolder:
             )
 
     def _contains(self, real: Path) -> bool:
-        """Inside the folder, or, of a snapshot in the Hub's cache, among the blobs of the repository or of the cache."""
+        """Inside the folder, or, of a snapshot in the cache of the Hub, among the blobs there."""
         root = self.path.resolve()
         repository = root.parent.parent
         blobs = [repository / "blobs"] if root.parent.name == "snapshots" else []
