@@ -170,7 +170,7 @@ def test_rights_that_are_lost_on_the_way_leave_nothing(
 def test_a_part_that_never_arrives_ends_the_upload(
     place: S3Place, folder: Folder, proxy: FaultProxy, rule: Rule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3_client, "REQUEST_SECONDS", 1.0)
+    monkeypatch.setattr(s3_client, "REQUEST_SECONDS", 3.0)
     proxy.set_rules(rule)
     with pytest.raises(StorageUnavailable, match="upload part") as caught:
         write(folder, "new", bytes(3 * place.part))
@@ -182,7 +182,7 @@ def test_a_part_that_never_arrives_ends_the_upload(
 def test_a_trickle_is_given_up(
     place: S3Place, folder: Folder, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3_client, "REQUEST_SECONDS", 1.0)
+    monkeypatch.setattr(s3_client, "REQUEST_SECONDS", 3.0)
     place.plant("slow", bytes(1 << 20))
     proxy.set_rules(Rule("slow", method="GET", header="Range", rate=1000))
     with pytest.raises(StorageUnavailable):

@@ -55,6 +55,8 @@ READ_SECONDS: Final[float] = 30.0
 """Silence after which a connection counts as lost."""
 REQUEST_SECONDS: Final[float] = 60.0
 """A request, all its tries together, may take so long, and longer by what its bytes take at `SLOWEST`."""
+FIRST_SECONDS: Final[float] = 10.0
+"""The same until the endpoint has answered anything: most likely its name is wrong, or it is not there."""
 CLEANUP_SECONDS: Final[float] = 15.0
 """The same for requests that tidy up after another one failed."""
 SLOWEST: Final[int] = 256 << 10
@@ -293,6 +295,7 @@ class Client:
         )
         self._fs.retries = 1
         self._is_connected = False
+        self._has_answered = False
         self._connecting = asyncio.Lock()
 
     def _settings(self) -> dict[str, Any]:
@@ -330,7 +333,13 @@ class Client:
             await self._connect()
         await self._fs.set_session()
         session = await self._fs.get_s3(arguments["Bucket"])
-        return await getattr(session, method)(**arguments, **self._fs.req_kw)
+        try:
+            reply = await getattr(session, method)(**arguments, **self._fs.req_kw)
+        except ClientError:
+            self._has_answered = True
+            raise
+        self._has_answered = True
+        return reply
 
     def start(
         self,
@@ -350,6 +359,8 @@ class Client:
             give_up: whether another try is of no use any more.
         """
         limit = REQUEST_SECONDS if seconds is None else seconds
+        if not self._has_answered:
+            limit = min(limit, FIRST_SECONDS)
         return asyncio.run_coroutine_threadsafe(_insist(name, url, attempt, limit, give_up), self._fs.loop)
 
     def call(self, name: str, place: Place, method: str, *, seconds: float | None = None, **arguments: Any) -> Any:
