@@ -75,10 +75,8 @@ def parse_location(url: str) -> Location:
     's3://models/base'
     """
     kind, separator, rest = url.partition("://")
-    if not separator:
-        return Location(LOCAL, "", str(Path(url).expanduser().absolute()))
-    if kind == LOCAL:
-        return Location(LOCAL, "", str(Path(rest).absolute()))
+    if not separator or kind == LOCAL:
+        return Location(LOCAL, "", _parse_path(rest if separator else url, is_url=bool(separator)))
     if kind not in _KINDS:
         message = f"locations of kind {show(kind)} are not supported"
         raise refuse("location", message, file=_masked(url), way_out="use a path, s3://, hf:// or memory://")
@@ -93,6 +91,16 @@ def parse_location(url: str) -> Location:
     if not _BUCKET.fullmatch(root) or {".", ".."} & set(parts) or not path.isprintable():
         raise refuse("location", f"expected {kind}://name/path", file=_masked(url), way_out="write it anew")
     return Location(kind, root, "/".join(parts))
+
+
+def _parse_path(text: str, *, is_url: bool) -> str:
+    try:
+        path = Path(text) if is_url else Path(text).expanduser()
+    except RuntimeError as error:
+        raise refuse("location", "there is no such home folder", file=text, way_out="write it anew") from error
+    if "\0" in text:
+        raise refuse("location", "no path holds a zero byte", file=text, way_out="write it anew")
+    return str(path.absolute())
 
 
 def _parse_hub(rest: str) -> Location:
