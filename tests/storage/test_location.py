@@ -155,7 +155,7 @@ def test_a_neighbour_has_the_same_parent(url: str, expected: str) -> None:
 
 @pytest.mark.parametrize("url", ["s3://models", "memory://models", "hf://org/name"])
 def test_a_whole_bucket_has_no_neighbour(url: str) -> None:
-    with pytest.raises(CheckpointInvalid, match="no parent.*set --store"):
+    with pytest.raises(CheckpointInvalid, match=r"no parent.*set --store"):
         parse_location(url).beside(".shardmill")
 
 

@@ -46,7 +46,7 @@ class Claim:
     process: str
     """Number and start time of the process, as far as the system tells."""
     boot: str
-    """Tells one start of the machine from another."""
+    """Tells one start of the machine from another, and where process numbers mean the same."""
     time: float
     """Of the last renewal, seconds since the epoch."""
 
@@ -56,7 +56,7 @@ class Claim:
 
     def is_dead(self) -> bool:
         """Whether the owner is known to be gone, or has not renewed the claim for long."""
-        if self.host == socket.gethostname() and self.boot == boot_id():
+        if self.process and (self.host, self.boot) == (socket.gethostname(), boot_id()):
             return start_of(self.process.partition("-")[0]) != self.process
         return time.time() - self.time > STALE_SECONDS
 
@@ -72,9 +72,10 @@ def parse_claim(data: bytes) -> Claim | None:
 
 
 def boot_id() -> str:
-    """What tells one start of this machine from another; empty where the system does not say."""
+    """What tells one start of this machine, and one container on it, from another; empty where no system says it."""
     with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     return ""
 
 
