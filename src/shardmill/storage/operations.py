@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from shardmill.errors import StorageFailed, show
 
 FAULT_VARIABLE: Final = "SHARDMILL_FAULT"
 _KILL: Final = "kill"
+_FAULT: Final = re.compile(r"([A-Za-z0-9]+)@([1-9][0-9]*)(\+?)")
 
 
 @dataclass(slots=True)
@@ -46,10 +48,10 @@ class Faults:
         >>> Faults.parse("ENOSPC@3+").at
         3
         """
-        what, separator, number = text.partition("@")
-        if not separator or (what != _KILL and not isinstance(getattr(errno, what, None), int)):
+        found = _FAULT.fullmatch(text)
+        if found is None or (found[1] != _KILL and not isinstance(getattr(errno, found[1], None), int)):
             raise ValueError(f"{FAULT_VARIABLE}: expected kill@N or an errno name such as ENOSPC@N, found {text!r}")
-        return cls(what, int(number.rstrip("+")), is_lasting=number.endswith("+"))
+        return cls(found[1], int(found[2]), is_lasting=bool(found[3]))
 
     def reach(self, name: str, where: str) -> None:
         """Note an operation that is about to be done.
