@@ -15,9 +15,11 @@ from shardmill.errors import DestinationInvalid, StorageFailed, TransferDamaged
 from shardmill.storage.claim import new_claim
 from shardmill.storage.local import LocalFolder
 from shardmill.storage.location import parse_location
+from shardmill.storage.memory import MemoryFolder
 from shardmill.storage.operations import Faults, watched
 from shardmill.storage.publish import (
     LocalDestination,
+    ObjectDestination,
     Piece,
     Release,
     check_apart,
@@ -210,3 +212,15 @@ def test_a_store_lies_in_neither_source_nor_destination(tmp_path: Path, store: A
     (tmp_path / "link").symlink_to(tmp_path / "src")
     places = [parse_location(str(path)) for path in (tmp_path / "dst", tmp_path / "src", store(tmp_path))]
     assert [problem.kind for problem in check_apart(*places)] == expected
+
+
+def test_a_damaged_copy_gets_no_name_in_an_object_storage_where_the_name_would_vouch_for_it(tmp_path: Path) -> None:
+    whole = piece(tmp_path, "model.safetensors")
+    damaged = Piece(name=whole.name, folder=whole.folder, origin="blob", mark="k", digest=Digest("blake3", "00"))
+    destination = ObjectDestination(MemoryFolder(f"{tmp_path}/dst"))
+    broken = Release(shards=(damaged,), files=(), manifest=b"{}", index=None, config=b"{}")
+    with pytest.raises(TransferDamaged, match="expected"):
+        destination.publish(broken, CLAIM)
+    assert destination.folder.listing() == {}
+    destination.publish(release(tmp_path), CLAIM)
+    assert destination.folder.read("model.safetensors", 100) == b"shard"
