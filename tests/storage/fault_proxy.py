@@ -32,6 +32,7 @@ What `Rule.do` may say:
 from __future__ import annotations
 
 import asyncio
+import io
 import ipaddress
 import random
 import re
@@ -229,7 +230,7 @@ class FaultProxy:
         headers = [(name, value) for name, value in request.headers.items() if name.lower() not in NOT_FORWARDED]
         url = URL(self._upstream + request.raw_path, encoded=True)
         async with self._session.request(
-            request.method, url, headers=headers, data=body or None, allow_redirects=False
+            request.method, url, headers=headers, data=io.BytesIO(body) if body else None, allow_redirects=False
         ) as reply:
             entry.status = reply.status
             if rule and rule.do in LOST:

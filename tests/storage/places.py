@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from blake3 import blake3
 from fsspec.implementations.memory import MemoryFileSystem
 
 from shardmill.storage import s3, s3_upload
@@ -26,6 +27,11 @@ def use_small_parts(patch: pytest.MonkeyPatch, part: int) -> None:
     patch.setitem(BlockReader.__init__.__kwdefaults__ or {}, "block_bytes", 1 << 16)
 
 
+def brief(data: bytes) -> bytes | str:
+    """Short contents as they are, long ones by length and digest, of which pytest can show a difference."""
+    return data if len(data) <= 1000 else f"{len(data)} bytes {blake3(data).hexdigest()[:32]}"
+
+
 class Place(ABC):
     """An empty place of its own for one test."""
 
@@ -39,8 +45,12 @@ class Place(ABC):
         return open_folder(self.url)
 
     @abstractmethod
-    def files(self) -> dict[str, bytes]:
+    def contents(self) -> dict[str, bytes]:
         """Everything that lies there, hidden and temporary files included."""
+
+    def files(self) -> dict[str, bytes | str]:
+        """The same in brief."""
+        return {name: brief(data) for name, data in self.contents().items()}
 
     @abstractmethod
     def plant(self, name: str, data: bytes) -> None:
@@ -64,7 +74,7 @@ class LocalPlace(Place):
         self.root.mkdir()
         self.url = str(self.root)
 
-    def files(self) -> dict[str, bytes]:
+    def contents(self) -> dict[str, bytes]:
         found = [path for path in self.root.rglob("*") if path.is_file()]
         return {path.relative_to(self.root).as_posix(): path.read_bytes() for path in sorted(found)}
 
@@ -82,7 +92,7 @@ class MemoryPlace(Place):
         self._files = MemoryFileSystem()
         self._root = f"{self.url.removeprefix('memory:/')}/"
 
-    def files(self) -> dict[str, bytes]:
+    def contents(self) -> dict[str, bytes]:
         store = self._files.store
         return {key.removeprefix(self._root): store[key].getvalue() for key in sorted(store) if self._is_here(key)}
 
@@ -106,7 +116,7 @@ class S3Place(Place):
         self.bucket, self.prefix = server.new_bucket(), "models/base"
         self.url = f"s3://{self.bucket}/{self.prefix}"
 
-    def files(self) -> dict[str, bytes]:
+    def contents(self) -> dict[str, bytes]:
         begin = f"{self.prefix}/"
         keys = [key for key in self.server.keys(self.bucket) if key.startswith(begin)]
         return {key.removeprefix(begin): self._get(key) for key in keys}
