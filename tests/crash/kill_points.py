@@ -1,6 +1,7 @@
 """Stop a run of 12 shards at each of its storage operations, look at what is left, and run again.
 
-    python tests/crash/kill_points.py --site local --fault kill --every 1 --folder DIR
+    python tests/crash/kill_points.py --site local --fault kill --every 1 --load --folder DIR
+    python tests/crash/kill_points.py --site s3 --fault ENOSPC --every 1 --folder DIR
 
 For every operation number: a fresh attempt is killed, or made to fail, at that operation. Then
 
@@ -8,37 +9,41 @@ For every operation number: a fresh attempt is killed, or made to fail, at that 
 - the next run must succeed, compute no shard again that was finished, and leave exactly the files of an
   undisturbed run.
 
-Each run is a fork of this process, which has imported everything but started no thread. Prints one JSON document.
+Each run is a fork of this process, which has imported everything but started no thread. Prints one JSON document, and
+exits with 1 when a promise was broken. For S3 the environment names a test server; its smallest part is 64 KiB.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import pickle
+import secrets
 import shutil
 import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import numba  # noqa: F401 - what a run needs is imported before the forks
-import sites
 import torch  # noqa: F401
-from sites import Places, Site
 
 import shardmill.kernels.shard  # noqa: F401
+from crash import sites
+from crash.sites import Places, Site
 from shardmill.core.receipt import parse_receipt
 from shardmill.core.recipe import uniform
 from shardmill.errors import DestinationInvalid, ShardFailures, ShardmillError, StorageFailed
 from shardmill.stages.pipeline import run
 from shardmill.stages.plan import Locations
-from shardmill.storage.location import open_folder
 from shardmill.storage.operations import Faults, watched
 
 SCHEME = "NVFP4A16"
@@ -116,22 +121,16 @@ def is_storage_error(error: BaseException) -> bool:
     return isinstance(error, StorageFailed)
 
 
-def finished_shards(places: Places) -> set[str]:
+def finished_shards(site: Site, places: Places) -> set[str]:
     """Job keys of the shards that an interrupted run finished: receipt and whole blob are there."""
-    folder = open_folder(places.store)
-    found = set()
-    blobs = folder.listing("blobs/")
-    for name in folder.listing("receipts/"):
-        receipt = parse_receipt(folder.read(name, 1 << 30))
-        state = blobs.get(f"blobs/{receipt.blob_stem}.safetensors")
-        if state is not None and state.size == receipt.blob.size:
-            found.add(receipt.key)
-    return found
+    sizes = site.sizes(places.store)
+    receipts = [parse_receipt(site.read(places.store, name)) for name in sizes if name.startswith("receipts/")]
+    return {r.key for r in receipts if sizes.get(f"blobs/{r.blob_stem}.safetensors") == r.blob.size}
 
 
-def computed_shards(places: Places, outcome: dict[str, Any]) -> set[str]:
+def computed_shards(site: Site, places: Places, outcome: dict[str, Any]) -> set[str]:
     """Job keys of the shards that a successful run computed."""
-    manifest = json.loads(open_folder(places.destination).read("shardmill.json", 1 << 30))
+    manifest = json.loads(site.read(places.destination, "shardmill.json"))
     return {entry["key"] for entry in manifest["shards"] if not outcome["hits"].get(entry["name"], True)}
 
 
@@ -180,13 +179,12 @@ class Battery:
         self._judge_end(number, killed, outcome)
         left = self.site.files(places)
         self._judge_state(number, places, left)
-        _, finished = in_fork(lambda: finished_shards(places))
+        finished = finished_shards(self.site, places)
         killed, again = in_fork(lambda: convert(places, Faults()))
         if killed or "hits" not in again:
             self._fail(number, f"the next run did not succeed: {again}")
             return
-        _, computed = in_fork(lambda: computed_shards(places, again))
-        if redone := finished & computed:
+        if redone := finished & computed_shards(self.site, places, again):
             self._fail(number, f"{len(redone)} finished shards were done again")
         self._judge_files(number, self.site.files(places))
 
@@ -262,7 +260,8 @@ def main() -> None:
         is_loaded=options.load,
     )
     report = battery.run(options.first, options.every)
-    json.dump({name: getattr(report, name) for name in Report.__slots__}, sys.stdout, indent=1)
+    json.dump(asdict(report), sys.stdout, indent=1)
+    sys.exit(bool(report.failures))
 
 
 def make_site(kind: str, root: Path, model: Path) -> Site:
@@ -270,12 +269,15 @@ def make_site(kind: str, root: Path, model: Path) -> Site:
     if kind == "local":
         return sites.LocalSite(root, model)
     import boto3
+    import s3fs  # noqa: F401 - as above
+    from botocore.loaders import JSONFileLoader
 
-    import shardmill.storage.s3  # noqa: F401 - as above
+    import shardmill.storage.s3  # noqa: F401
 
+    # every fork would read the models of the API again; this client reads them for all
+    JSONFileLoader.load_file = functools.cache(JSONFileLoader.load_file)
     client = boto3.client("s3")
-    bucket = "kill-points"
-    sites.reset_moto(os.environ["AWS_ENDPOINT_URL"])
+    bucket = f"kill-points-{secrets.token_hex(6)}"
     client.create_bucket(Bucket=bucket)
     return sites.S3Site(bucket, model, client=client)
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import stat
-import urllib.request
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -47,6 +45,12 @@ class Site(Protocol):
     def files(self, places: Places) -> dict[str, str]:
         """Digest of every file of an attempt but the source, by path; unfinished uploads count as files."""
 
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Length in bytes of every file of a destination or store, by name."""
+
+    def read(self, folder: str, name: str) -> bytes:
+        """A file of a destination or store."""
+
     def fetch_destination(self, places: Places, into: Path) -> None:
         """Copy what the destination holds to disk, hidden things left out, for loaders to open."""
 
@@ -71,6 +75,13 @@ class LocalSite:
             for path in sorted(root.rglob("*"))
             if path.is_dir() and not any(path.iterdir()) and path.name not in EMPTY_FOLDERS
         }
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        found = [path for path in Path(folder).rglob("*") if path.is_file()]
+        return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(found)}
+
+    def read(self, folder: str, name: str) -> bytes:
+        return (Path(folder) / name).read_bytes()
 
     def fetch_destination(self, places: Places, into: Path) -> None:
         with suppress(FileNotFoundError):
@@ -110,6 +121,17 @@ class S3Site:
             if upload["Key"].startswith(prefix)
         }
 
+    def sizes(self, folder: str) -> dict[str, int]:
+        prefix = self._key(folder)
+        return {entry["Key"].removeprefix(prefix): entry["Size"] for entry in self._entries(prefix)}
+
+    def read(self, folder: str, name: str) -> bytes:
+        data: bytes = self._client.get_object(Bucket=self._bucket, Key=self._key(folder) + name)["Body"].read()
+        return data
+
+    def _key(self, folder: str) -> str:
+        return folder.removeprefix(f"s3://{self._bucket}/") + "/"
+
     def fetch_destination(self, places: Places, into: Path) -> None:
         prefix = f"{self._prefix(places)}model/"
         for key in self._keys(prefix):
@@ -124,7 +146,7 @@ class S3Site:
             self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": keys})
 
     def _prefix(self, places: Places) -> str:
-        return places.store.removeprefix(f"s3://{self._bucket}/").removesuffix("store")
+        return self._key(places.store).removesuffix("store/")
 
     def _keys(self, prefix: str) -> list[str]:
         return [entry["Key"] for entry in self._entries(prefix)]
@@ -132,10 +154,3 @@ class S3Site:
     def _entries(self, prefix: str) -> Iterable[dict[str, Any]]:
         for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=prefix):
             yield from page.get("Contents", ())
-
-
-def reset_moto(endpoint: str) -> None:
-    """Make a moto server forget everything."""
-    request = urllib.request.Request(f"{endpoint}/moto-api/reset", method="POST")  # noqa: S310 - our own server
-    with urllib.request.urlopen(request) as reply:  # noqa: S310
-        json.load(reply)
