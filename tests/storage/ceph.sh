@@ -81,7 +81,7 @@ admin_socket =
 mon_data = $dir/mon
 osd_data = $dir/osd
 osd_objectstore = memstore
-memstore_device_bytes = 4294967296
+memstore_device_bytes = 8589934592
 osd_max_object_name_len = 460
 osd_max_object_namespace_len = 64
 [client.admin]
