@@ -65,10 +65,10 @@ class Mover:
 
     async def _read(self, name: str) -> int:
         path = f"{self._source}/{name}"
-        size: int = (await self._files._info(path))["size"]  # noqa: SLF001 - so asynchronous callers use fsspec
+        size: int = (await self._files._info(path))["size"]
 
         async def get(begin: int, end: int) -> int:
-            return len(await self._files._cat_file(path, start=begin, end=end))  # noqa: SLF001
+            return len(await self._files._cat_file(path, start=begin, end=end))
 
         return sum(await _gather([lambda span=span: get(*span) for span in _spans(size)], READS_IN_FLIGHT))
 
@@ -84,7 +84,7 @@ class Mover:
                 return {"PartNumber": number, "ETag": reply["ETag"]}
 
             calls = [lambda n=n, span=span: put(n, *span) for n, span in enumerate(_spans(size), 1)]
-            parts += await _gather(calls, PARTS_IN_FLIGHT)
+            parts.extend(await _gather(calls, PARTS_IN_FLIGHT))
 
     @asynccontextmanager
     async def _upload(self, bucket: str, key: str) -> AsyncIterator[tuple[dict[str, str], list[dict[str, Any]]]]:
@@ -95,7 +95,7 @@ class Mover:
         await self._call("complete_multipart_upload", **names, MultipartUpload={"Parts": parts})
 
     async def _call(self, method: str, **arguments: Any) -> Any:
-        return await self._files._call_s3(method, **arguments)  # noqa: SLF001
+        return await self._files._call_s3(method, **arguments)
 
 
 async def main() -> None:

@@ -7,7 +7,7 @@ By default some operations are tried, from another one on every day; the slow te
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import json
 import os
 import subprocess
@@ -21,7 +21,7 @@ import pytest
 from storage.servers import ABSENT, S3Server
 
 SCRIPT = Path(__file__).with_name("kill_points.py")
-DAY = datetime.datetime.now(datetime.UTC).date().toordinal()
+DAY = dt.datetime.now(dt.UTC).date().toordinal()
 
 
 def try_points(

@@ -500,7 +500,7 @@ def test_any_failing_operation_leaves_the_whole_file_or_nothing(folder: S3Folder
     failed = 0
     for number in range(1, len(seen.log) + 1):
         is_last = seen.log[number - 1][0] == "delete"  # of the mark: a later sweep removes it
-        expectation = contextlib.nullcontext() if is_last else pytest.raises(StorageFailed, match="Input.output error")
+        expectation = contextlib.nullcontext() if is_last else pytest.raises(StorageFailed, match=r"Input/output error")
         with watched(Faults("EIO", number)), expectation:
             write(folder, "file", data)
         failed += not is_last
@@ -1048,5 +1048,5 @@ def test_endpoint_that_never_answered_is_given_up_soon(monkeypatch: pytest.Monke
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY_ID)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    with pytest.raises(StorageUnavailable, match="list .* failed"):
+    with pytest.raises(StorageUnavailable, match=r"list .* failed"):
         open_s3("bucket", "prefix").listing()

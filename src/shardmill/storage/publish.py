@@ -263,14 +263,28 @@ def _partial_folder(destination: Path, run: str) -> Iterator[Path]:
     remove_dead_partials(destination)
     partial = destination.parent / f"{destination.name}{_PARTIAL}{run}"
     with operation("create", partial):
-        partial.mkdir(parents=True)
-        lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = _lock_new(partial)
     try:
         yield partial
     finally:
         os.close(lock)
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _lock_new(folder: Path) -> int:
+    """Make a folder and lock it; one that another run took for a dead run's before it was locked is made again."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError, BlockingIOError):
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(lock), folder.stat()):
+                    return lock
+            except BaseException:
+                os.close(lock)
+                raise
+            os.close(lock)
 
 
 def remove_dead_partials(destination: Path) -> int:
