@@ -8,7 +8,7 @@ LINKS := build/lint
 SCRIPTS = $(shell find deployments -name '*.py')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all coverage bench bench-kernels check lint types layers link-tree goldens clean
+.PHONY: help venv demo test test-all coverage bench bench-kernels bench-buckets check lint types layers link-tree goldens clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,10 @@ BENCH_REFERENCE = $(if $(SHARDMILL_REFERENCE_PYTHON)$(filter --skip-reference --
 
 bench: .venv/stamp $(BENCH_REFERENCE)  ## measure speed and memory beside the reference system; takes hours
 	$(BIN)/python tests/bench $(BENCH)
+	$(MAKE) bench-buckets
+
+bench-buckets: .venv/stamp  ## measure bucket to bucket beside a bare client, on a radosgw that is started for it
+	tests/storage/ceph.sh run $(BIN)/python tests/bench/buckets.py
 
 bench-kernels: .venv/stamp  ## measure the kernels alone, on one core
 	$(BIN)/python tests/bench/kernels.py

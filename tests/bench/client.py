@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, Final
 
 from s3fs import S3FileSystem
@@ -56,7 +57,7 @@ class Mover:
 
     async def move(self, pairs: Sequence[Pair]) -> tuple[int, int]:
         """Move every file; returns how many bytes were read and written."""
-        moved = await _gather([lambda pair=pair: self._move(*pair) for pair in pairs], FILES_AT_A_TIME)
+        moved = await _gather([partial(self._move, *pair) for pair in pairs], FILES_AT_A_TIME)
         return sum(read for read, _ in moved), sum(written for _, written in moved)
 
     async def _move(self, name: str, output_bytes: int) -> tuple[int, int]:
@@ -70,7 +71,7 @@ class Mover:
         async def get(begin: int, end: int) -> int:
             return len(await self._files._cat_file(path, start=begin, end=end))
 
-        return sum(await _gather([lambda span=span: get(*span) for span in _spans(size)], READS_IN_FLIGHT))
+        return sum(await _gather([partial(get, *span) for span in _spans(size)], READS_IN_FLIGHT))
 
     async def _write(self, name: str, size: int) -> None:
         bucket, _, key = f"{self._destination}/{name}".removeprefix("s3://").partition("/")
@@ -83,7 +84,7 @@ class Mover:
                 reply = await self._call("upload_part", **names, PartNumber=number, Body=self._block[: end - begin])
                 return {"PartNumber": number, "ETag": reply["ETag"]}
 
-            calls = [lambda n=n, span=span: put(n, *span) for n, span in enumerate(_spans(size), 1)]
+            calls = [partial(put, n, *span) for n, span in enumerate(_spans(size), 1)]
             parts.extend(await _gather(calls, PARTS_IN_FLIGHT))
 
     @asynccontextmanager

@@ -109,7 +109,7 @@ class S3Server:
 def run_moto() -> Iterator[S3Server]:
     """Start moto at a free port of this process."""
     os.environ["S3_UPLOAD_PART_MIN_SIZE"] = str(SMALLEST_PART)  # moto reads it when it is imported
-    from moto.core import DEFAULT_ACCOUNT_ID
+    from moto.core.models import DEFAULT_ACCOUNT_ID
     from moto.s3.models import s3_backends
     from moto.s3.responses import S3Response
     from moto.server import ThreadedMotoServer
@@ -125,7 +125,7 @@ def run_moto() -> Iterator[S3Server]:
         data = body.encode() if isinstance(body, str) else body
         return status, headers, data.replace(_MOTO_BEGAN, now)
 
-    S3Response.list_multipart_uploads = list_uploads_of_today  # type: ignore[method-assign]
+    S3Response.list_multipart_uploads = list_uploads_of_today  # type: ignore[assignment,method-assign]
     try:
         host, port = server.get_host_and_port()
         backend = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]

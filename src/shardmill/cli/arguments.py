@@ -161,9 +161,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("destination", metavar="DST", help="nothing yet, or an empty folder: a path, or s3://")
     _add_recipe(parser)
     group = parser.add_argument_group("how the run works; none of it changes bytes")
-    _add_store_location(
-        group.add_argument, "where finished shards are kept: a path, or s3:// (default: .shardmill beside DST)"
-    )
+    kept = "where finished shards are kept: a path, or s3:// (default: .shardmill beside DST)"
+    _add_store_location(group.add_argument, kept)
     group.add_argument("--device", default="auto", help="auto, cpu, or a list such as cuda:0,cuda:1 (default: auto)")
     shards = "shards in work at a time on the CPU, whose cores share their row blocks (default: by cores)"
     group.add_argument("--workers", type=_positive, default=0, metavar="N", help=shards)

@@ -1,10 +1,10 @@
 """From bucket to bucket beside a bare client that moves the same bytes, on the S3 server that the environment names.
 
-    tests/storage/ceph.sh run python tests/bench/storage.py [--shards 4] [--repeats 3] [--presets NVFP4A16 FP8_DYNAMIC]
+    tests/storage/ceph.sh run python tests/bench/buckets.py [--shards 4] [--repeats 3] [--presets NVFP4A16 FP8_DYNAMIC]
 
-Compares the result with one that was made on disk before it measures anything. Runs take turns; what counts is the ratio
-of the bare client's time to ours, both from the start of the process to its end. Peak memory is told above what the
-imports take, and every file that a run leaves on this machine's disk is listed.
+Compares the result with one that was made on disk before it measures anything. Runs take turns; what counts is the
+ratio of the bare client's time to ours, both from the start of the process to its end. Peak memory is told above what
+the imports take, and every file that a run leaves on this machine's disk is listed.
 """
 
 from __future__ import annotations
