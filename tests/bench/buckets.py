@@ -1,6 +1,6 @@
 """From bucket to bucket beside a bare client that moves the same bytes, on the S3 server that the environment names.
 
-    tests/storage/ceph.sh run python tests/bench/buckets.py [--shards 4] [--repeats 3] [--presets NVFP4A16 FP8_DYNAMIC]
+    tests/storage/ceph.sh run python tests/bench/buckets.py [--shards 2] [--repeats 2] [--presets NVFP4A16 FP8_DYNAMIC]
 
 Compares the result with one that was made on disk before it measures anything. Runs take turns; what counts is the
 ratio of the bare client's time to ours, both from the start of the process to its end. Peak memory is told above what
@@ -40,8 +40,8 @@ IMPORTS = "import shardmill.cli, shardmill.stages.pipeline, shardmill.kernels.sh
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and print what was found."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--shards", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--shards", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--presets", nargs="+", default=["NVFP4A16", "FP8_DYNAMIC"])
     parser.add_argument("--toy", action="store_true", help="a tiny checkpoint, to try the benchmark itself")
     chosen = parser.parse_args(arguments)

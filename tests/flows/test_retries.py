@@ -11,7 +11,7 @@ import aiohttp
 import httpx
 import pytest
 import requests
-from botocore.exceptions import (  # type: ignore[import-untyped]  # it ships no types
+from botocore.exceptions import (
     ClientError,
     EndpointConnectionError,
     NoCredentialsError,
