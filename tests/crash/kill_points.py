@@ -127,7 +127,8 @@ def is_storage_error(error: BaseException) -> bool:
 def finished_shards(site: Site, places: Places) -> set[str]:
     """Job keys of the shards that an interrupted run finished: receipt and whole blob are there."""
     sizes = site.sizes(places.store)
-    receipts = [parse_receipt(site.read(places.store, name)) for name in sizes if name.startswith("receipts/")]
+    names = [name for name in sizes if name.startswith("receipts/") and name.endswith(".json")]
+    receipts = [parse_receipt(site.read(places.store, name)) for name in names]
     return {r.key for r in receipts if sizes.get(f"blobs/{r.blob_stem}.safetensors") == r.blob.size}
 
 
