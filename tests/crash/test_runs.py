@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save
 
 from crash.sites import toy_model
 from shardmill.core.recipe import uniform
@@ -23,11 +25,12 @@ from shardmill.errors import (
     SourceChanged,
     TransferDamaged,
 )
-from shardmill.stages.pipeline import RunResult, Watcher, run
+from shardmill.stages.pipeline import RunOptions, RunResult, Watcher, run
 from shardmill.stages.plan import Locations
 from shardmill.storage import s3_client
 from shardmill.storage.claim import new_claim
 from shardmill.storage.location import open_folder
+from shardmill.storage.store import FAST
 from storage.fake_hub import NEW, OLD, REPO, TOKEN, fill_cache, run_hub
 from storage.fault_proxy import FaultProxy, Rule
 from storage.places import use_small_parts
@@ -37,8 +40,15 @@ SCHEME = "NVFP4A16"
 pytestmark = pytest.mark.s3
 
 
-def convert(locations: Locations, scheme: str = SCHEME, watcher: Watcher | None = None) -> RunResult:
-    return run(locations, uniform(scheme), watcher=watcher)
+def convert(
+    locations: Locations, scheme: str = SCHEME, watcher: Watcher | None = None, *, workers: int = 0, verify: str = FAST
+) -> RunResult:
+    return run(locations, uniform(scheme), RunOptions(workers=workers, verify=verify), watcher=watcher)
+
+
+def on_disk(locations: Locations) -> dict[str, bytes]:
+    """Every file of a destination on disk."""
+    return {path.name: path.read_bytes() for path in Path(locations.destination).iterdir()}
 
 
 @dataclass(frozen=True)
@@ -275,6 +285,60 @@ def test_a_file_that_changes_fails_its_shard(model: Path, tmp_path: Path, way: s
     assert isinstance(failed[last.name], (SourceChanged, Refused))
     assert caught.value.done > 0
     assert not (tmp_path / "out" / "model").exists()
+
+
+def doubled(path: Path) -> bytes:
+    """A shard with the same header and other values."""
+    return save({name: 2 * tensor for name, tensor in load_file(path).items()}, {"format": "pt"})
+
+
+@pytest.mark.parametrize("way", ["rewritten", "replaced"])
+@pytest.mark.parametrize("which", [2, -1], ids=["partner", "last"])
+def test_a_file_that_is_replaced_under_the_same_header_is_never_mixed_in(
+    model: Path, tmp_path: Path, way: str, which: int
+) -> None:
+    source = Path(shutil.copytree(model, tmp_path / "in"))
+    changed = sorted(source.glob("*.safetensors"))[which]
+    data = doubled(changed)
+    assert len(data) == changed.stat().st_size
+
+    def change() -> None:
+        if way == "rewritten":
+            changed.write_bytes(data)
+        else:
+            (tmp_path / "new").write_bytes(data)
+            (tmp_path / "new").replace(changed)
+
+    locations = Locations(source=str(source), destination=str(tmp_path / "out" / "model"))
+    with pytest.raises((SourceChanged, ShardFailures)) as caught:
+        convert(locations, watcher=at_first_shard(change), workers=1)
+
+    assert "changed" in str(caught.value)
+    assert not (tmp_path / "out" / "model").exists()
+    again = convert(locations)
+    assert any(outcome.is_hit for outcome in again.outcomes)
+    clean = replace(locations, destination=str(tmp_path / "clean" / "model"))
+    convert(clean)
+    assert on_disk(locations) == on_disk(clean)
+
+
+def test_an_object_that_is_replaced_under_the_same_header_is_never_mixed_in(
+    bucket: Bucket, model: Path, tmp_path: Path
+) -> None:
+    changed = max(model.glob("*.safetensors"))
+
+    def overwrite() -> None:
+        bucket.server.client.put_object(Bucket=bucket.name, Key=f"in/{changed.name}", Body=doubled(changed))
+
+    with pytest.raises(SourceChanged, match="changed"):
+        convert(bucket.locations, watcher=at_first_shard(overwrite), workers=1)
+
+    assert bucket.result() == {}
+    assert bucket.left_over() == []
+    assert any(outcome.is_hit for outcome in convert(bucket.locations).outcomes)
+    clean = Locations(source=f"s3://{bucket.name}/in", destination=str(tmp_path / "clean" / "model"))
+    convert(clean)
+    assert bucket.result() == on_disk(clean)
 
 
 # ---- two runs ---------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from shardmill.core.digest import Digest, digest_json
 from shardmill.core.outcome import ShardOutcome
 from shardmill.core.plan import Plan
 from shardmill.core.receipt import Receipt
-from shardmill.errors import DestinationInvalid, ShardmillError, show
+from shardmill.errors import DestinationInvalid, ShardmillError, SourceChanged, show
 from shardmill.stages.plan import Locations
 from shardmill.storage.claim import Claim, new_claim
 from shardmill.storage.hashing import hash_file
@@ -34,6 +34,7 @@ def finalize(
 
     Raises:
         DestinationInvalid: the destination holds something else.
+        SourceChanged: the source is not in the state of which the claim speaks.
         ShardmillError: a shard has no outcome, or its blob vanished.
     """
     source, destination = locations.open_source(), locations.open_destination()
@@ -41,6 +42,7 @@ def finalize(
     missing = [shard.name for shard in plan.shards if shard.name not in receipts]
     if missing:
         raise ShardmillError(f"{len(missing)} shards have no result, the first is {show(missing[0])}")
+    _check_source(plan, outcomes, source, claim)
     files = _file_digests(plan, source)
     document = _manifest(plan, outcomes, files)
     keys = [receipt.key for receipt in receipts.values()]
@@ -57,6 +59,19 @@ def finalize(
     elif not is_published(destination, document):
         raise in_use(destination.url, "it holds the result of another plan")
     return document
+
+
+def _check_source(plan: Plan, outcomes: Sequence[ShardOutcome], source: SourceFolder, claim: Claim) -> None:
+    """Make sure that all shards come from one state of the source, however long the run took.
+
+    A file that was replaced by one with the same header, before its turn came, would else go unnoticed.
+    """
+    digests: dict[str, str] = {}
+    for name, digest in (pair for outcome in outcomes for pair in outcome.sources):
+        if digests.setdefault(name, digest) != digest:
+            raise SourceChanged(f"{show(name)} changed while the source was quantized; run again")
+    if claim_of(plan, source).plan != claim.plan:
+        raise SourceChanged(f"files of {show(source.folder.url, 200)} changed since the plan was made; run again")
 
 
 def _publish(destination: Destination, release: Release, claim: Claim, document: Mapping[str, Any]) -> None:
@@ -81,7 +96,9 @@ def _file_piece(name: str, digest: str, source: SourceFolder) -> Piece:
 def claim_of(plan: Plan, source: SourceFolder, run: str = "") -> Claim:
     """What a run says of itself while it makes a destination; the same states of the same files are the same plan."""
     config = assemble.config_document(plan)
-    states = {name: source.identity(name).fingerprint() for name in (*(s.name for s in plan.shards), *plan.files)}
+    names = (*(shard.name for shard in plan.shards), *plan.files)
+    with ThreadPoolExecutor(_READERS) as pool:
+        states = dict(zip(names, (found.fingerprint() for found in pool.map(source.identity, names)), strict=True))
     outlines = [(shard.name, shard.outline()) for shard in plan.shards]
     return new_claim(digest_json([outlines, states, config]), run)
 
