@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save
@@ -27,10 +28,12 @@ from shardmill.errors import (
 )
 from shardmill.stages.pipeline import RunOptions, RunResult, Watcher, run
 from shardmill.stages.plan import Locations
+from shardmill.stages.quantize import _Sources
 from shardmill.storage import s3_client
 from shardmill.storage.claim import new_claim
+from shardmill.storage.folder import Reader
 from shardmill.storage.location import open_folder
-from shardmill.storage.store import FAST
+from shardmill.storage.store import FAST, FULL
 from storage.fake_hub import NEW, OLD, REPO, TOKEN, fill_cache, run_hub
 from storage.fault_proxy import FaultProxy, Rule
 from storage.places import use_small_parts
@@ -174,6 +177,48 @@ def test_a_flipped_bit_is_found_where_the_digest_is_known(
     assert bucket.result() == expected
 
 
+def test_flipped_bits_in_fused_partners_are_found(
+    bucket: Bucket, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The digest of a partner is of the whole shard, of which only a part is read."""
+    open_ = _Sources.open
+
+    class Flipping:
+        def __init__(self, reader: Reader) -> None:
+            self.reader, self.identity, self.bytes_read = reader, reader.identity, 0
+
+        def read_into(self, offset: int, view: memoryview) -> None:
+            self.reader.read_into(offset, view)
+            view.cast("B")[-1] ^= 1
+
+    def open_damaged(self: _Sources, name: str) -> Any:
+        reader = open_(self, name)
+        return reader if name == self.shard.name else Flipping(reader)
+
+    monkeypatch.setattr(_Sources, "open", open_damaged)
+    with pytest.raises(ShardFailures) as caught:
+        convert(bucket.locations)
+    assert all(isinstance(error, TransferDamaged) for _, error in caught.value.failures)
+    assert "config.json" not in bucket.result()
+    monkeypatch.setattr(_Sources, "open", open_)
+    result = convert(bucket.locations)
+    assert {o.shard for o in result.outcomes if len(o.sources) > 1} == {name for name, _ in caught.value.failures}
+    assert bucket.result() == expected
+
+
+@pytest.mark.slow
+def test_a_blob_whose_bytes_are_damaged_on_their_way_is_not_published(
+    bucket: Bucket, proxy: FaultProxy, expected: dict[str, bytes]
+) -> None:
+    store = f"s3://{bucket.name}/store"
+    convert(replace(bucket.locations, store=store))
+    again = replace(bucket.locations, destination=f"s3://{bucket.name}/again/model", store=store)
+    proxy.set_rules(Rule("corrupt", method="GET", header="Range", path="/store/blobs/", every=3, at=500))
+    result = convert(again, verify=FULL)
+    assert proxy.fired >= sum(not outcome.is_hit for outcome in result.outcomes) > 0
+    assert bucket.result("again/model/") == expected
+
+
 def test_a_flipped_bit_in_a_blob_is_not_copied_to_disk(
     bucket: Bucket, proxy: FaultProxy, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -196,7 +241,8 @@ def test_lost_rights_end_a_run_soon_and_in_silence(
     bucket: Bucket, proxy: FaultProxy, status: int, code: str, first: int
 ) -> None:
     proxy.set_rules(Rule("status", status=status, code=code, nth=tuple(range(first, first + 5000))))
-    secrets = (bucket.server.access_key, bucket.server.secret_key)
+    token = "session-token-of-the-tests"  # noqa: S105 - a bait
+    secrets = (bucket.server.access_key, bucket.server.secret_key, token)
     started = time.monotonic()
     done = subprocess.run(
         [
@@ -209,11 +255,12 @@ def test_lost_rights_end_a_run_soon_and_in_silence(
             "--scheme",
             SCHEME,
             "--debug",
+            "-vv",
         ],
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | bucket.server.environment(proxy.url),
+        env=os.environ | bucket.server.environment(proxy.url) | {"AWS_SESSION_TOKEN": token},
     )
     seconds = time.monotonic() - started
     assert done.returncode in (1, 2)
@@ -349,6 +396,7 @@ from shardmill.core.recipe import uniform
 from shardmill.errors import Refused
 from shardmill.stages.pipeline import run
 from shardmill.stages.plan import Locations
+from shardmill.stages.quantize import _Sources
 try:
     run(Locations(source=sys.argv[1], destination=sys.argv[2], store=sys.argv[4]), uniform(sys.argv[3]))
 except Refused as error:

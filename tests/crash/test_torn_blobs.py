@@ -17,6 +17,7 @@ from shardmill.core.recipe import uniform
 from shardmill.stages.pipeline import RunOptions, run
 from shardmill.stages.plan import Locations
 from shardmill.stages.verify import verify
+from shardmill.storage import hashing
 from shardmill.storage.location import open_folder
 from shardmill.storage.store import FAST, FULL, Store
 
@@ -112,6 +113,35 @@ def test_full_verification_needs_nobody_to_have_looked_before(model: Path, tmp_p
         result = run(locations, uniform("FP8_DYNAMIC"), RunOptions(verify=FULL))
         assert [outcome.is_hit for outcome in result.outcomes].count(False) == 1, variant
         assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == expected
+
+
+@pytest.mark.parametrize(
+    ("verify", "where", "is_new_time", "is_found"),
+    [
+        (FAST, "head", True, True),
+        (FAST, "tail", True, True),
+        (FAST, "middle", True, False),  # fast verification reads the ends only
+        (FAST, "head", False, False),  # and nothing of a blob in the state in which it was verified
+        (FULL, "middle", True, True),
+        (FULL, "middle", False, True),
+    ],
+)
+def test_what_is_found_in_a_blob_that_is_longer_than_its_ends(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, verify: str, where: str, is_new_time: bool,
+    is_found: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(hashing, "EDGE_BYTES", 4096)
+    locations = Locations(source=str(model), destination=str(tmp_path / "model"))
+    run(locations, uniform("FP8_DYNAMIC"))
+    shutil.rmtree(tmp_path / "model")
+    blob = min((tmp_path / ".shardmill" / "blobs").iterdir())
+    data = bytearray(blob.read_bytes())
+    data[{"head": 10, "middle": len(data) // 2, "tail": -10}[where]] ^= 1
+    write_in_place(blob, bytes(data))
+    if is_new_time:
+        os.utime(blob)
+    result = run(locations, uniform("FP8_DYNAMIC"), RunOptions(verify=verify))
+    assert (sum(outcome.is_hit for outcome in result.outcomes) == 1) is is_found
 
 
 def test_torn_shards_of_a_result_are_found_by_verify(model: Path, tmp_path: Path) -> None:
