@@ -151,6 +151,10 @@ def loads(site: Site, places: Places) -> bool:
     return True
 
 
+def _is_named(where: str, text: str) -> bool:
+    return Path(where).name[:20] in text or where.rpartition("/")[0] in text
+
+
 class Battery:
     """All attempts at one site with one kind of fault."""
 
@@ -206,11 +210,11 @@ class Battery:
             self.report.count("went on")
             return
         self.report.count("failed")
-        name, where = outcome["log"][min(number, len(outcome["log"])) - 1]
+        failed = outcome["log"][number - 1 : None if self.is_lasting else number]
         if not outcome["is_typed"]:
             self._fail(number, f"no typed error of the storage: {outcome['error']}")
-        elif Path(where).name[:20] not in outcome["error"] and where.rpartition("/")[0] not in outcome["error"]:
-            self._fail(number, f"the error does not name {name} {where}: {outcome['error']}")
+        elif not any(_is_named(where, outcome["error"]) for _, where in failed):
+            self._fail(number, f"the error names none of {failed[:3]}: {outcome['error']}")
 
     def _judge_state(self, number: int, places: Places, left: dict[str, str]) -> None:
         final = {path: digest for path, digest in self.expected.items() if path.startswith("model/")}
