@@ -6,6 +6,7 @@ import errno
 import gc
 import pickle
 import secrets
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from botocore.exceptions import ClientError
 from fsspec.implementations.memory import MemoryFileSystem
 from s3fs.utils import FileExpired
 
+from shardmill.storage.s3_client import Body, Place, connect
 from storage.fault_proxy import FaultProxy, Rule
 from storage.servers import S3Server
 
@@ -213,3 +215,22 @@ def test_memory_is_shared_by_the_whole_process() -> None:
     MemoryFileSystem(skip_instance_cache=True).pipe_file(name, b"1")
     assert MemoryFileSystem(skip_instance_cache=True).cat_file(name) == b"1"
     MemoryFileSystem().rm(name)
+
+
+def test_a_body_is_sent_by_the_event_loop_alone(server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that aiohttp does not know would be read by threads of its own, 64 KiB at a time."""
+    readers = []
+    read = Body.read
+
+    def read_noted(body: Body, size: int = -1, /) -> memoryview:
+        readers.append(threading.current_thread().name)
+        return read(body, size)
+
+    monkeypatch.setattr(Body, "read", read_noted)
+    monkeypatch.setattr(Body, "readinto", lambda *_: pytest.fail("nobody asks for copies"))
+    data = secrets.token_bytes(3_000_001)
+
+    connect().put(Place(bucket, "key"), data)
+
+    assert server.client.get_object(Bucket=bucket, Key="key")["Body"].read() == data
+    assert set(readers) == {"fsspecIO"}

@@ -21,7 +21,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
 import aiohttp
+import aiohttp.payload
 import fsspec
+from aiohttp.abc import AbstractStreamWriter
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
@@ -233,6 +235,11 @@ class Body(io.RawIOBase):
     def __len__(self) -> int:
         return len(self._view)
 
+    @property
+    def rest(self) -> memoryview:
+        """The bytes from here on."""
+        return self._view[self._at :]
+
     def readable(self) -> bool:
         """Yes."""
         return True
@@ -263,6 +270,27 @@ class Body(io.RawIOBase):
         out[:count] = self._view[self._at : self._at + count]
         self._at += count
         return count
+
+
+class _BodyPayload(aiohttp.payload.Payload):
+    """Sends a `Body` as it is; any other file would be read by a thread of its own, in small bits."""
+
+    def __init__(self, value: Body, **options: Any) -> None:
+        super().__init__(value, **options)
+        self._size = len(value.rest)
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        """Give the bytes as text."""
+        return bytes(self._value.rest).decode(encoding, errors)
+
+    async def write(self, writer: AbstractStreamWriter) -> None:
+        """Send everything that follows; the body stays where it is, so that it can be sent again."""
+        view: memoryview = self._value.rest
+        for begin in range(0, len(view), _CHUNK_BYTES):
+            await writer.write(view[begin : begin + _CHUNK_BYTES])
+
+
+aiohttp.payload.register_payload(_BodyPayload, Body, order=aiohttp.payload.Order.try_first)
 
 
 def transfer_seconds(size: int) -> float:
