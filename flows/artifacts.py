@@ -22,7 +22,7 @@ from prefect.artifacts import (
 from shardmill.core.plan import Plan
 from shardmill.core.summary import Summary, render
 from shardmill.errors import NAME_LIMIT, Problem, Refused
-from shardmill.orchestration import plain
+from shardmill.orchestration.names import plain
 
 log = logging.getLogger(__name__)
 ROWS: Final = 1000

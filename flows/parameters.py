@@ -12,7 +12,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 from shardmill.core.recipe import Recipe, parse_recipe
 from shardmill.core.scheme import PRESETS
-from shardmill.orchestration import Job, plain
+from shardmill.orchestration.bench import Job
+from shardmill.orchestration.names import plain
 from shardmill.stages.pipeline import RunOptions
 from shardmill.stages.plan import Locations
 

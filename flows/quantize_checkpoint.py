@@ -23,15 +23,10 @@ from shardmill.errors import Interrupted, Problem, Refused, ShardFailures
 from shardmill.flows import artifacts
 from shardmill.flows.parameters import QuantizeRequest
 from shardmill.kernels.threads import cores
-from shardmill.orchestration import (
-    Job,
-    Threads,
-    Workbench,
-    bytes_to_digest,
-    library_logs,
-    uninspected,
-    workbench,
-)
+from shardmill.orchestration.bench import Job, Workbench, uninspected, workbench
+from shardmill.orchestration.cache import bytes_to_digest
+from shardmill.orchestration.executors import Threads
+from shardmill.orchestration.logs import library_logs
 from shardmill.stages.finalize import claim_of
 from shardmill.stages.validate import pin_readable, refuse_problems
 from shardmill.storage.location import parse_location

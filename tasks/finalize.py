@@ -9,7 +9,8 @@ from prefect.cache_policies import NO_CACHE
 
 from shardmill.core.outcome import ShardOutcome
 from shardmill.core.plan import Plan
-from shardmill.orchestration import Job, bench_of, is_transient
+from shardmill.orchestration.bench import Job, bench_of
+from shardmill.orchestration.retry import is_transient
 from shardmill.stages import finalize
 from shardmill.storage.claim import Claim
 

@@ -7,7 +7,7 @@ from prefect.cache_policies import NO_CACHE
 
 from shardmill.core.plan import Plan
 from shardmill.core.recipe import Recipe
-from shardmill.orchestration import Job, bench_of
+from shardmill.orchestration.bench import Job, bench_of
 from shardmill.stages.plan import make_plan
 
 

@@ -11,7 +11,10 @@ from prefect.states import Completed
 
 from shardmill.core.outcome import ShardOutcome
 from shardmill.core.plan import ShardPlan
-from shardmill.orchestration import CACHED, Job, StageCachePolicy, bench_of, is_transient, shard_run_name
+from shardmill.orchestration.bench import Job, bench_of
+from shardmill.orchestration.cache import CACHED, StageCachePolicy
+from shardmill.orchestration.names import shard_run_name
+from shardmill.orchestration.retry import is_transient
 from shardmill.stages import quantize
 
 

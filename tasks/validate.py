@@ -7,7 +7,7 @@ from prefect.cache_policies import NO_CACHE
 
 from shardmill.core.plan import Plan, ShardPlan
 from shardmill.errors import Problem
-from shardmill.orchestration import Job, bench_of
+from shardmill.orchestration.bench import Job, bench_of
 from shardmill.stages import validate
 
 CHUNK = 32

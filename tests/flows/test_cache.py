@@ -25,7 +25,7 @@ from shardmill.core.receipt import BlobDigests, Receipt, WeightRecord
 from shardmill.core.recipe import uniform
 from shardmill.core.statistics import Statistics
 from shardmill.flows.quantize_checkpoint import quantize_checkpoint
-from shardmill.orchestration import StageCachePolicy, agrees, is_own_record
+from shardmill.orchestration.cache import StageCachePolicy, agrees, is_own_record
 from shardmill.stages.plan import make_plan
 from shardmill.storage.local import RangeReader
 from shardmill.storage.source import open_source

@@ -22,7 +22,7 @@ from prefect.states import Failed
 from served import Ask
 from shardmill.errors import Interrupted, NonFiniteWeight, Problem, ShardFailures, SourceChanged, StorageFailed
 from shardmill.flows.quantize_checkpoint import quantize_checkpoint
-from shardmill.orchestration import is_transient, is_transient_error
+from shardmill.orchestration.retry import is_transient, is_transient_error
 from shardmill.stages import quantize
 from shardmill.tasks.quantize import quantize_shard
 
