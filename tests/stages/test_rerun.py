@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -12,8 +13,10 @@ import pytest
 import checkpoints
 from shardmill.core.plan import ShardPlan
 from shardmill.core.recipe import uniform
-from shardmill.stages.pipeline import RunOptions, RunResult, run
-from shardmill.stages.plan import Locations
+from shardmill.errors import DestinationInvalid
+from shardmill.stages.finalize import claim_of, finalize
+from shardmill.stages.pipeline import RunOptions, RunResult, Watcher, quantize_all, run
+from shardmill.stages.plan import Locations, make_plan
 from shardmill.storage import hashing, store
 from shardmill.storage import source as source_module
 from shardmill.storage.folder import Folder
@@ -144,6 +147,20 @@ def test_a_damaged_blob_of_a_published_result_is_warned_of(
     result = again(locations)
     assert len(result.outcomes) == SHARDS - 1
     assert "set aside" in caplog.text
+
+
+def test_a_run_that_finds_its_destination_taken_leaves_the_note_of_the_other_plan(locations: Locations) -> None:
+    """`store gc` keeps what the notes name, so a refused run must not replace one."""
+    kept = locations.open_store()
+    before = list(kept.publications())
+    plan = make_plan(locations.open_source(), uniform("FP8_DYNAMIC"))
+    outcomes = quantize_all(
+        plan, locations.open_source(), kept, RunOptions(device="cpu", workers=1), Watcher(), threading.Event()
+    )
+    with pytest.raises(DestinationInvalid, match="the result of another plan"):
+        finalize(plan, outcomes, locations, kept, claim_of(plan, locations.open_source()))
+    assert list(kept.publications()) == before
+    assert len(before) == 1
 
 
 def test_edges_are_read_once_per_state(locations: Locations, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,9 +45,12 @@ def finalize(
     _check_source(plan, outcomes, source, claim)
     files = _file_digests(plan, source)
     document = _manifest(plan, outcomes, files)
+    is_free = destination.is_free()
+    if not is_free and not is_published(destination, document):
+        raise in_use(destination.url, "it holds the result of another plan")
     keys = [receipt.key for receipt in receipts.values()]
     store.note_publication(str(parse_location(locations.destination)), document["plan"], keys)
-    if destination.is_free():
+    if is_free:
         release = Release(
             shards=tuple(_shard_piece(shard.name, receipts[shard.name], store) for shard in plan.shards),
             files=tuple(_file_piece(name, files[name], source) for name in plan.files),
@@ -56,8 +59,6 @@ def finalize(
             config=assemble.encode_document(assemble.config_document(plan)),
         )
         _publish(destination, release, claim, document)
-    elif not is_published(destination, document):
-        raise in_use(destination.url, "it holds the result of another plan")
     return document
 
 
