@@ -34,7 +34,7 @@ class Locations:
         return open_source(self.source)
 
     def pinned(self) -> Locations:
-        """The same locations, with the source at the commit that its branch or tag stands for now.
+        """The same locations, with the commit of a Hub source in place of its branch or tag, looked up once.
 
         Raises:
             StorageFailed: the repository cannot be looked up.
