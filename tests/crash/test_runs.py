@@ -396,7 +396,6 @@ from shardmill.core.recipe import uniform
 from shardmill.errors import Refused
 from shardmill.stages.pipeline import run
 from shardmill.stages.plan import Locations
-from shardmill.stages.quantize import _Sources
 try:
     run(Locations(source=sys.argv[1], destination=sys.argv[2], store=sys.argv[4]), uniform(sys.argv[3]))
 except Refused as error:

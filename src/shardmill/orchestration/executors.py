@@ -23,8 +23,6 @@ from shardmill.orchestration.cache import CACHED
 
 ShardResult: TypeAlias = ShardOutcome | BaseException
 """What became of one shard."""
-
-
 _WAKE_SECONDS: Final = 0.5
 
 
