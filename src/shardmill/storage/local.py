@@ -242,6 +242,7 @@ class FileWriter:
                 folder.mkdir(parents=True, exist_ok=True)
         with operation("create", self._temporary):
             self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        with _without_file(self), operation("lock", self._temporary):
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if size:
             with _without_file(self), operation("allocate", self._temporary):
@@ -533,10 +534,11 @@ class LocalFolder:
 
     def move(self, name: str, target: str) -> None:
         """Rename a file."""
-        path = self.path / target
+        origin, path = self.path / name, self.path / target
         with operation("rename", path), contextlib.suppress(FileNotFoundError):
+            origin.lstat()  # no folder is made for nothing
             path.parent.mkdir(parents=True, exist_ok=True)
-            (self.path / name).replace(path)
+            origin.replace(path)
 
     def remove(self, name: str) -> None:
         """Delete a file."""

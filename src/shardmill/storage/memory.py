@@ -182,10 +182,11 @@ class MemoryFolder:
             is_kept = self.create(name, b"1") and not self.create(name, b"2") and self.read(name, 1) == b"1"
             self.remove(name)
         except StorageFailed as error:
-            return [Problem(file=self.url, kind="folder-unwritable", message=str(error), way_out="choose another one")]
-        if is_kept:
-            return []
-        return [Problem(file=self.url, kind="folder-unreliable", message="a file that was written is not kept")]
+            return [self._unwritable(str(error))]
+        return [] if is_kept else [self._unwritable("does not keep what is written to it")]
+
+    def _unwritable(self, message: str) -> Problem:
+        return Problem(file=self.url, kind="destination-unwritable", message=message, way_out="choose another place")
 
     def free_bytes(self) -> int | None:
         """None: memory is not asked for."""
