@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,8 +34,10 @@ from shardmill.storage.claim import (
     release,
 )
 from shardmill.storage.memory import MemoryFolder
+from shardmill.storage.process import Process
 
 OURS, THEIRS = new_claim("plan-a", "ours"), new_claim("plan-b", "theirs")
+DEAD = replace(OURS.process, start="1")
 UNREADABLE = [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"run": "r"}', b"\0" * 4000]
 
 
@@ -43,7 +46,7 @@ def refused(run: AbstractContextManager[None], owner: Claim) -> None:
     with pytest.raises(DestinationInvalid) as caught, run:
         pytest.fail("the claim of a living run was ignored")
     assert [problem.kind for problem in caught.value.problems] == ["destination-claimed"]
-    assert f"run `{owner.run}` on `{owner.host}`" in str(caught.value)
+    assert f"run `{owner.run}` on `{owner.process.host}`" in str(caught.value)
 
 
 def start_process(program: str, *arguments: str) -> subprocess.Popen[str]:
@@ -82,7 +85,7 @@ def test_what_is_no_claim_is_none(data: bytes) -> None:
 def test_an_owner_is_dead_when_its_process_is_gone_and_not_before() -> None:
     program = "from shardmill.storage.claim import new_claim; import time; print('ready', flush=True); time.sleep(600)"
     process = start_process(program)
-    claim = replace(OURS, process=claims.start_of(str(process.pid)))
+    claim = replace(OURS, process=Process.numbered(process.pid))
     assert not claim.is_dead()
     process.send_signal(signal.SIGKILL)
     wait_until("the process is a zombie, or gone", claim.is_dead)
@@ -91,7 +94,7 @@ def test_an_owner_is_dead_when_its_process_is_gone_and_not_before() -> None:
 
 
 def test_a_process_that_got_the_number_of_another_is_not_its_owner() -> None:
-    assert replace(OURS, process=f"{os.getpid()}-1").is_dead()
+    assert replace(OURS, process=DEAD).is_dead()
 
 
 LONG_AGO = time.time() - STALE_SECONDS - 60
@@ -99,17 +102,18 @@ SILENT = [
     ("on this machine, alive", {}, False),
     ("on another machine", {"host": "elsewhere"}, True),
     ("before a restart", {"boot": "another"}, True),
-    ("where no system tells of processes", {"process": ""}, True),
+    ("where no system tells of processes", {"start": ""}, True),
 ]
 
 
 @pytest.mark.parametrize(("changes", "is_stale"), [row[1:] for row in SILENT], ids=[row[0] for row in SILENT])
 def test_an_owner_that_cannot_be_looked_at_is_dead_when_it_is_silent_for_long(
-    changes: dict[str, str],
+    changes: dict[str, Any],
     is_stale: bool,  # noqa: FBT001 - a column of a table
 ) -> None:
-    assert not replace(OURS, time=time.time(), **changes).is_dead()
-    assert replace(OURS, time=LONG_AGO, **changes).is_dead() is is_stale
+    process = replace(OURS.process, **changes)
+    assert not replace(OURS, process=process, time=time.time()).is_dead()
+    assert replace(OURS, process=process, time=LONG_AGO).is_dead() is is_stale
 
 
 # ---- on disk ----------------------------------------------------------------------------------------------------
@@ -157,6 +161,7 @@ def test_a_run_of_another_plan_is_kept_away_on_disk(destination: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
+from typing import Any
 from shardmill.storage.claim import claimed_path, new_claim
 with claimed_path(Path(sys.argv[1]), new_claim("plan-b", "theirs" + "x" * 500)):
     print("ready", flush=True)
@@ -309,7 +314,7 @@ def test_of_many_plans_at_once_one_is_made(folder: MemoryFolder, _round: int) ->
 def test_the_claim_of_a_dead_run_of_this_machine_is_taken_over_at_once(folder: MemoryFolder) -> None:
     program = "from shardmill.storage.claim import *; import time; print('ready', flush=True); time.sleep(600)"
     process = start_process(program)
-    owner = replace(THEIRS, process=claims.start_of(str(process.pid)))
+    owner = replace(THEIRS, process=Process.numbered(process.pid))
     folder.put(CLAIM_NAME, owner.to_bytes())
     try:
         refused(claimed_folder(folder, OURS), owner)
@@ -321,7 +326,7 @@ def test_the_claim_of_a_dead_run_of_this_machine_is_taken_over_at_once(folder: M
 
 
 def test_a_silent_owner_elsewhere_keeps_others_away_for_a_while(folder: MemoryFolder) -> None:
-    silent = replace(THEIRS, host="elsewhere", time=time.time() - STALE_SECONDS + 120)
+    silent = replace(THEIRS, process=replace(THEIRS.process, host="elsewhere"), time=time.time() - STALE_SECONDS + 120)
     folder.put(CLAIM_NAME, silent.to_bytes())
     refused(claimed_folder(folder, OURS), silent)
     assert read_claim(folder) == silent
@@ -392,13 +397,12 @@ def test_a_run_that_lost_its_claim_neither_renews_nor_removes_the_new_one(
 
 
 def test_release_removes_ones_own_claim_and_a_dead_one_of_the_same_plan_only(folder: MemoryFolder) -> None:
-    dead = f"{os.getpid()}-1"
     rows = [
         (OURS, True),
         (replace(OURS, run="second"), False),
-        (replace(OURS, run="second", process=dead), True),
+        (replace(OURS, run="second", process=DEAD), True),
         (THEIRS, False),
-        (replace(THEIRS, process=dead), False),
+        (replace(THEIRS, process=DEAD), False),
     ]
     for owner, is_removed in rows:
         folder.put(CLAIM_NAME, owner.to_bytes())
@@ -413,7 +417,7 @@ def test_when_two_take_over_the_claim_of_a_dead_run_one_finds_out_before_it_publ
     folder: MemoryFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both see the dead owner; the second removes what the first has just written."""
-    folder.put(CLAIM_NAME, replace(OURS, run="dead", process=f"{os.getpid()}-1").to_bytes())
+    folder.put(CLAIM_NAME, replace(OURS, run="dead", process=DEAD).to_bytes())
     first, remove = contextlib.ExitStack(), folder.remove
     other = MemoryFolder(folder.url.partition("//")[2])
 

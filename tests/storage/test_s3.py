@@ -13,7 +13,6 @@ import secrets
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -37,11 +36,12 @@ from shardmill.errors import (
     StorageFailed,
     StorageUnavailable,
 )
-from shardmill.storage import s3, s3_client, s3_marks, s3_upload
+from shardmill.storage import s3, s3_client, s3_upload
 from shardmill.storage.operations import Faults, watched
+from shardmill.storage.process import Process
 from shardmill.storage.s3 import S3Folder, open_s3
 from shardmill.storage.s3_client import Place, connect
-from shardmill.storage.s3_marks import MARKS, Owner
+from shardmill.storage.s3_marks import MARKS
 
 PART = 65536
 SECRET = "canary-secret-0123456789"  # noqa: S105 - to be looked for in messages
@@ -781,29 +781,11 @@ def test_uploads_of_the_living_and_of_others_are_ended_by_age_only(folder: S3Fol
     assert folder.read("file", 3 * PART) == data_of(3 * PART)
 
 
-def dead(**changes: Any) -> Owner:
-    return replace(Owner.current(), **({"start": "1"} | changes))
+def dead(**changes: Any) -> Process:
+    return replace(Process.current(), **({"start": "1"} | changes))
 
 
-def test_owners_are_told_apart() -> None:
-    assert Owner.current().is_running()
-    assert dead().is_running() is False
-    for other in ({"host": "x"}, {"boot": "x"}, {"space": "x"}):
-        assert dead(**other).is_running() is None
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        start = s3_marks._start_of(process.pid)
-        assert start is not None
-        child = dead(pid=process.pid, start=start)
-        assert child.is_running()
-        process.kill()
-        for _ in range(500):
-            if not child.is_running():  # though nobody has asked for its exit status
-                break
-            time.sleep(0.01)
-        assert child.is_running() is False
-
-
-def mark_of(folder: S3Folder, owner: Owner, key: str, upload: str | None) -> str:
+def mark_of(folder: S3Folder, owner: Process, key: str, upload: str | None) -> str:
     name = f"{MARKS}/{secrets.token_hex(4)}"
     folder.put(name, canonical_json({"owner": asdict(owner), "key": f"some/prefix/{key}", "upload": upload}))
     return name
@@ -859,10 +841,10 @@ def test_probe_warns_where_nothing_is_created_once(
 
 
 def test_canary_of_a_dead_probe_is_removed(folder: S3Folder) -> None:
-    parent = s3_marks._start_of(os.getppid())
+    parent = Process.numbered(os.getppid())
     folder.put(".shardmill-canary-1", canonical_json({"owner": asdict(dead())}))
     folder.put(".shardmill-canary-2", canonical_json({"owner": asdict(dead(host="x"))}))
-    folder.put(".shardmill-canary-3", canonical_json({"owner": asdict(dead(pid=os.getppid(), start=parent))}))
+    folder.put(".shardmill-canary-3", canonical_json({"owner": asdict(parent)}))
     folder.sweep()
     assert list(folder.listing()) == [".shardmill-canary-2", ".shardmill-canary-3"]
 

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from shardmill.errors import DestinationInvalid, Problem, StorageFailed, show
 from shardmill.storage.folder import Folder
 from shardmill.storage.local import remove_dead_temporaries
 from shardmill.storage.operations import operation
+from shardmill.storage.process import Process
 
 log = logging.getLogger(__name__)
 CLAIM_NAME: Final = ".shardmill-claim"
@@ -42,11 +42,7 @@ class Claim:
     run: str
     plan: str
     """Names what is made: same plan, same bytes."""
-    host: str
-    process: str
-    """Number and start time of the process, as far as the system tells."""
-    boot: str
-    """Tells one start of the machine from another, and where process numbers mean the same."""
+    process: Process
     time: float
     """Of the last renewal, seconds since the epoch."""
 
@@ -56,55 +52,31 @@ class Claim:
 
     def is_dead(self) -> bool:
         """Whether the owner is known to be gone, or has not renewed the claim for long."""
-        if self.process and (self.host, self.boot) == (socket.gethostname(), boot_id()):
-            return start_of(self.process.partition("-")[0]) != self.process
-        return time.time() - self.time > STALE_SECONDS
+        is_running = self.process.is_running()
+        return time.time() - self.time > STALE_SECONDS if is_running is None else not is_running
 
 
 def parse_claim(data: bytes) -> Claim | None:
     """Read a claim; None when it is not one."""
     try:
         raw: Any = json.loads(data)
-        texts = {name: str(raw[name]) for name in ("run", "plan", "host", "process", "boot")}
-        return Claim(**texts, time=float(raw["time"]))
+        process = Process.parse(raw["process"])
+        run, plan, renewed = str(raw["run"]), str(raw["plan"]), float(raw["time"])
     except (ValueError, KeyError, TypeError):
         return None
-
-
-def boot_id() -> str:
-    """What tells one start of this machine, and one container on it, from another; empty where no system says it."""
-    with contextlib.suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    return ""
-
-
-def start_of(pid: str) -> str:
-    """Number and start time of a living process; empty for none."""
-    with contextlib.suppress(OSError, IndexError):
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
-        return "" if fields[0] in ("Z", "X") else f"{pid}-{fields[19]}"
-    return ""
+    return None if process is None else Claim(run=run, plan=plan, process=process, time=renewed)
 
 
 def new_claim(plan: str, run: str = "") -> Claim:
     """A claim of this process."""
-    return Claim(
-        run=run or secrets.token_hex(4),
-        plan=plan,
-        host=socket.gethostname(),
-        process=start_of(str(os.getpid())),
-        boot=boot_id(),
-        time=time.time(),
-    )
+    return Claim(run=run or secrets.token_hex(4), plan=plan, process=Process.current(), time=time.time())
 
 
 def refuse_claimed(destination: str, owner: Claim) -> DestinationInvalid:
     """Build the refusal of a destination that another run is making."""
     since = max(0, int(time.time() - owner.time)) // 60
-    message = (
-        f"run {show(owner.run, 40)} on {show(owner.host, 60)} is making another result there, seen {since} minutes ago"
-    )
+    who = f"run {show(owner.run, 40)} on {show(owner.process.host, 60)}"
+    message = f"{who} is making another result there, seen {since} minutes ago"
     way_out = "wait for it, or choose another destination"
     return DestinationInvalid([Problem(file=destination, kind="destination-claimed", message=message, way_out=way_out)])
 

@@ -1,9 +1,8 @@
 """Marks of unfinished uploads: small objects that tell whose they are, so that those of a dead process can be ended.
 
 A listing of uploads names no owner. So a mark is written before an upload begins, without the id that is not known yet,
-and again with it, and removed after the upload; it outlives a process that is killed at any point between. An owner
-counts as dead when this machine, booted once, in one namespace of process numbers, has no such process. Of anything
-else only the age is known.
+and again with it, and removed after the upload; it outlives a process that is killed at any point between. Of an
+owner on another machine only the age of what it left is known.
 """
 
 from __future__ import annotations
@@ -11,18 +10,16 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import secrets
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import Any, Final
 
 from shardmill.core.digest import canonical_json
 from shardmill.errors import ObjectMissing, StorageFailed
+from shardmill.storage.process import Process
 from shardmill.storage.s3_client import CLEANUP_SECONDS, REQUEST_SECONDS, Client, Place
 
 MARKS: Final = ".shardmill-uploads"
@@ -36,58 +33,11 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Owner:
-    """A process, told apart from every other one of any machine."""
-
-    host: str
-    boot: str
-    space: str
-    """Namespace of process numbers."""
-    pid: int
-    start: str
-    """When the process started, in ticks since the machine did."""
-
-    @classmethod
-    def current(cls) -> Owner:
-        """Name this process."""
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        pid = os.getpid()
-        return cls(socket.gethostname(), boot, _space(), pid, _start_of(pid) or "")
-
-    @classmethod
-    def parse(cls, data: bytes) -> Owner | None:
-        """Find the owner in a mark or canary; None where there is none."""
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            return cls(**json.loads(data)["owner"])
-        return None
-
-    def is_running(self) -> bool | None:
-        """Whether the process runs; None for one of another machine, boot or namespace, where that cannot be told."""
-        here = Owner.current()
-        is_here = (self.host, self.boot, self.space) == (here.host, here.boot, here.space)
-        return _start_of(self.pid) == self.start if is_here else None
-
-
-def _space() -> str:
-    return str(Path("/proc/self/ns/pid").readlink())
-
-
-def _start_of(pid: int) -> str | None:
-    """When a process started; None where it is no more."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    fields = text.rpartition(")")[2].split()  # the name of the program, in parentheses, may hold anything
-    return None if fields[0] in "ZX" else fields[19]
-
-
-@dataclass(frozen=True, slots=True)
 class Mark:
     """What one mark says."""
 
     place: Place
-    owner: Owner
+    owner: Process
     modified: datetime
     key: str = ""
     """Of the upload; empty in a canary."""
@@ -96,7 +46,7 @@ class Mark:
 
     def is_held(self) -> bool | None:
         """Whether a living writer holds it; None where that cannot be told."""
-        return self.place in _held if self.owner == Owner.current() else self.owner.is_running()
+        return self.place in _held if self.owner == Process.current() else self.owner.is_running()
 
     def may_cover(self, upload: OpenUpload) -> bool:
         """Whether an upload could be the one whose id the mark does not know."""
@@ -130,7 +80,7 @@ def let_go(place: Place) -> None:
 
 def body_of(key: str = "", upload: str | None = None) -> bytes:
     """Write a mark of this process."""
-    return canonical_json({"owner": asdict(Owner.current()), "key": key, "upload": upload})
+    return canonical_json({"owner": asdict(Process.current()), "key": key, "upload": upload})
 
 
 def new_mark(root: Place) -> Place:
@@ -171,11 +121,18 @@ def read_marks(client: Client, root: Place) -> list[Mark]:
         place = Place(root.bucket, item["Key"])
         with contextlib.suppress(ObjectMissing):
             data = client.get(place, _MARK_LIMIT)[1]
-            owner = Owner.parse(data)
-            if owner is not None:
-                fields = json.loads(data)
-                found.append(Mark(place, owner, item["LastModified"], fields.get("key") or "", fields.get("upload")))
-    return found
+            found.append(_parse_mark(data, place, item["LastModified"]))
+    return [mark for mark in found if mark is not None]
+
+
+def _parse_mark(data: bytes, place: Place, modified: datetime) -> Mark | None:
+    """Read a mark or canary; None when it names no owner."""
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        fields = json.loads(data)
+        owner = Process.parse(fields["owner"])
+        if owner is not None:
+            return Mark(place, owner, modified, fields.get("key") or "", fields.get("upload"))
+    return None
 
 
 def end_upload(client: Client, place: Place, upload: str, *, seconds: float | None = None) -> None:
