@@ -20,6 +20,7 @@ from shardmill.stages.plan import Locations
 LOCATION_PATTERN: Final = r"^(?!.*://[^/]*@)(/|~|[A-Za-z][A-Za-z0-9+.-]*://)[^\x00-\x1f]*(?!\n)$"
 """An absolute path or a URL; no user name or password, since parameters are stored and shown in clear."""
 _DEVICE_PATTERN: Final = r"^[a-z]+(:[0-9]+)?(,[a-z]+(:[0-9]+)?)*(?!\n)$"
+_SCHEDULER_PATTERN: Final = r"^(tcp|tls)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}(?!\n)$"
 _CHOICES: Final = ("group_size", "ignore", "default_ignores", "indivisible", "expert_layout", "partial_fused")
 """Fields that a recipe replaces."""
 
@@ -97,6 +98,19 @@ class QuantizeRequest(BaseModel):
         le=256,
         description="Shards in work at a time on the CPU, whose cores share their row blocks; 0 chooses. "
         "Bytes do not depend on it.",
+    )
+    executor: Literal["threads", "dask"] = Field(
+        default="threads",
+        description="Where shards are worked on: threads of the flow's process, or the workers of a Dask cluster. "
+        "Bytes do not depend on it.",
+    )
+    dask_scheduler: str | None = Field(
+        default=None,
+        max_length=300,
+        pattern=_SCHEDULER_PATTERN,
+        description="For the executor dask: address of a running scheduler, whose workers reach source and store; "
+        "empty for a cluster on this machine, one worker process per device, or `workers` on the CPU.",
+        examples=["tcp://scheduler:8786"],
     )
     verify: Literal["fast", "full"] = Field(
         default="fast",

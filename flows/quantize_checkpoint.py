@@ -22,10 +22,9 @@ from shardmill.core.summary import human_bytes, summarize
 from shardmill.errors import Interrupted, Problem, Refused, ShardFailures
 from shardmill.flows import artifacts
 from shardmill.flows.parameters import QuantizeRequest
-from shardmill.kernels.threads import cores
 from shardmill.orchestration.bench import Job, Workbench, uninspected, workbench
 from shardmill.orchestration.cache import bytes_to_digest
-from shardmill.orchestration.executors import Threads
+from shardmill.orchestration.executors import choose_executor
 from shardmill.orchestration.logs import library_logs
 from shardmill.stages.finalize import claim_of
 from shardmill.stages.validate import pin_readable, refuse_problems
@@ -84,7 +83,7 @@ def _convert(request: QuantizeRequest, job: Job, started: float) -> FlowSummary:
         if destination.is_free():
             claim = claim_of(plan, bench.source, job.run)
             with destination.claimed(claim):
-                outcomes = _quantize(plan, job, bench)
+                outcomes = _quantize(plan, request, job, bench)
                 manifest = finalize_checkpoint(uninspected(plan), uninspected(outcomes), job, uninspected(claim))
             hits, bytes_read = sum(o.is_hit for o in outcomes), sum(o.bytes_read for o in outcomes)
         else:
@@ -137,15 +136,17 @@ def _checked_plan(recipe: Recipe, job: Job) -> Plan:
     return plan
 
 
-def _quantize(plan: Plan, job: Job, bench: Workbench) -> tuple[ShardOutcome, ...]:
+def _quantize(plan: Plan, request: QuantizeRequest, job: Job, bench: Workbench) -> tuple[ShardOutcome, ...]:
     """Quantize every shard; one that fails is told at the end and stops no other."""
     stored = {shard.name: bench.store.seems_to_hold(shard, bench.source) for shard in plan.shards}
     artifacts.show_plan(plan, stored)
     progress = artifacts.Progress(plan.source_bytes)
     found: dict[str, ShardOutcome] = {}
     failures: list[tuple[str, BaseException]] = []
-    workers = job.options.workers or cores() if all(stored.values()) else len(bench.controls().devices.devices)
-    with closing(Threads(workers, bench.stop).map_shards(quantize_shard, plan.shards, job=job)) as results:
+    executor = choose_executor(
+        request.executor, request.dask_scheduler or "", job, bench, is_stored=all(stored.values())
+    )
+    with closing(executor.map_shards(quantize_shard, plan.shards, job=job)) as results:
         for shard, result in results:
             if isinstance(result, ShardOutcome):
                 found[shard.name] = result

@@ -13,6 +13,7 @@ from shardmill.core.outcome import ShardOutcome
 from shardmill.core.plan import ShardPlan
 from shardmill.orchestration.bench import Job, bench_of
 from shardmill.orchestration.cache import CACHED, StageCachePolicy
+from shardmill.orchestration.logs import library_logs
 from shardmill.orchestration.names import shard_run_name
 from shardmill.orchestration.retry import is_transient
 from shardmill.stages import quantize
@@ -33,9 +34,10 @@ from shardmill.stages import quantize
 def quantize_shard(shard: ShardPlan, job: Job) -> ShardOutcome | State[ShardOutcome]:
     """Make sure that the store holds the result of one shard."""
     bench = bench_of(job)
-    outcome = quantize.find_stored(shard, bench.source, bench.store)
-    if outcome is None:
-        outcome = quantize.quantize_shard(shard, bench.source, bench.store, bench.controls())
+    with library_logs():  # the flow's may be in another process
+        outcome = quantize.find_stored(shard, bench.source, bench.store)
+        if outcome is None:
+            outcome = quantize.quantize_shard(shard, bench.source, bench.store, bench.controls())
     return cached(outcome) if outcome.is_hit else outcome
 
 

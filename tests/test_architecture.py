@@ -32,7 +32,12 @@ FRONT_DOOR = {
 }
 
 # Import names of dependencies whose distribution is called otherwise.
-IMPORT_NAMES = {"compressed-tensors": "compressed_tensors", "huggingface-hub": "huggingface_hub", "pyyaml": "yaml"}
+IMPORT_NAMES = {
+    "compressed-tensors": "compressed_tensors",
+    "huggingface-hub": "huggingface_hub",
+    "prefect-dask": "prefect_dask",
+    "pyyaml": "yaml",
+}
 
 # One import that breaks each contract: contract, new module, what it says.
 VIOLATIONS = [
@@ -153,7 +158,8 @@ def test_core_and_errors_import_the_standard_library_only() -> None:
 
 
 def test_the_contract_for_core_names_every_dependency() -> None:
-    declared = PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["demo"]
+    extras = PROJECT["project"]["optional-dependencies"]
+    declared = PROJECT["project"]["dependencies"] + extras["dask"] + extras["demo"]
     names = {requirement.partition(">=")[0].strip() for requirement in declared}
 
     assert set(CONTRACTS["pure"]["forbidden_modules"]) == {IMPORT_NAMES.get(name, name) for name in names}

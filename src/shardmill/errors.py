@@ -5,9 +5,11 @@
     │   ├── RecipeInvalid                 recipe, scheme or pattern
     │   ├── CheckpointInvalid             index, header, config or file of the source
     │   ├── DestinationInvalid            the destination cannot take this result
+    │   ├── ExecutorInvalid               the chosen executor cannot work as it is asked to
     │   └── NonFiniteWeight               NaN or Inf in a tensor that is to be quantized
     ├── SourceChanged                     the source changed between plan and read
     ├── DeviceExhausted                   an accelerator has no room for even the smallest row block
+    ├── WorkerLost                        the process that worked on a shard died, again and again
     ├── StorageFailed (OSError)           a storage operation failed; names operation and place
     │   ├── ObjectMissing (FileNotFoundError)   there is no such file
     │   ├── FileTooLarge                  a file that is read whole is above its limit
@@ -91,6 +93,10 @@ class DestinationInvalid(Refused):
     """The destination cannot take this result."""
 
 
+class ExecutorInvalid(Refused):
+    """The chosen executor cannot work as it is asked to."""
+
+
 class NonFiniteWeight(Refused):
     """A tensor that is to be quantized holds NaN or Inf."""
 
@@ -124,6 +130,10 @@ class TransferDamaged(StorageUnavailable):
 
 class DeviceExhausted(ShardmillError):
     """An accelerator has no room for even the smallest row block."""
+
+
+class WorkerLost(ShardmillError):
+    """The process that worked on a shard died, again and again; other shards are not affected."""
 
 
 class Interrupted(ShardmillError):

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 from prefect.utilities.annotations import quote
 
@@ -52,21 +52,42 @@ class Workbench:
         """Devices and the request to stop; made at the first miss, since naming devices may take torch."""
         with self._lock:
             if self._controls is None:
-                devices = resolve_devices(self._job.options.device, self._job.options.workers)
+                devices = _own_device or resolve_devices(self._job.options.device, self._job.options.workers)
                 self._controls = Controls(DevicePool(devices), self.stop.is_set)
             return self._controls
 
 
+_KEPT: Final = 64
+"""Workbenches that a process keeps of runs whose flow is elsewhere, and may have died without a word."""
 _benches: dict[str, Workbench] = {}
+"""By run, the last used at the end."""
+_held: set[str] = set()
+"""Runs whose flow is in this process."""
 _benches_lock = threading.Lock()
+_own_device: tuple[str, ...] = ()
 
 
 def bench_of(job: Job) -> Workbench:
     """The workbench of a flow run in this process."""
     with _benches_lock:
-        if job.run not in _benches:
-            _benches[job.run] = Workbench(job)
-        return _benches[job.run]
+        bench = _benches.pop(job.run, None) or Workbench(job)
+        _benches[job.run] = bench
+        for run in [run for run in _benches if run not in _held][:-_KEPT]:
+            del _benches[run]
+        return bench
+
+
+def forget_bench(run: str) -> None:
+    """Drop the workbench of a run whose flow is in another process."""
+    with _benches_lock:
+        if run not in _held:
+            _benches.pop(run, None)
+
+
+def set_own_device(device: str) -> None:
+    """Let this process compute on one device, whatever a job says: it is one of several that share a machine."""
+    global _own_device  # noqa: PLW0603  a property of the process
+    _own_device = (device,)
 
 
 @contextmanager
@@ -75,6 +96,8 @@ def workbench(job: Job) -> Iterator[Workbench]:
 
     Cancelling raises in the main thread only, so the threads that work on shards must be told.
     """
+    with _benches_lock:
+        _held.add(job.run)
     bench = bench_of(job)
     try:
         yield bench
@@ -83,7 +106,17 @@ def workbench(job: Job) -> Iterator[Workbench]:
         raise
     finally:
         with _benches_lock:
-            _benches.pop(job.run, None)
+            _held.discard(job.run)
+        forget_bench(job.run)
+
+
+class _Uninspected(quote):
+    """Prefect's annotation, which alone does not survive pickling: it comes back around a tuple."""
+
+    __slots__ = ()
+
+    def __getnewargs__(self) -> tuple[Any]:
+        return (self.unquote(),)
 
 
 def uninspected(value: T) -> T:
@@ -91,4 +124,4 @@ def uninspected(value: T) -> T:
 
     Typed as what the task receives.
     """
-    return cast(T, quote(value))
+    return cast(T, _Uninspected(value))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Final
 
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.logging.handlers import APILogHandler
@@ -18,16 +20,29 @@ class _RunLogHandler(APILogHandler):
             super().emit(record)
 
 
+_handler: Final = _RunLogHandler(logging.INFO)
+_users: list[int] = []
+"""The level that the logger had before, once for everybody who wants its lines."""
+_users_lock = threading.Lock()
+
+
 @contextmanager
 def library_logs() -> Iterator[None]:
-    """Show the library's own log lines, INFO and above, in the logs of the run."""
+    """Show the library's own log lines, INFO and above, in the logs of the run.
+
+    One handler serves all runs and tasks of a process, so that no line is sent twice.
+    """
     logger = logging.getLogger("shardmill")
-    handler, level = _RunLogHandler(logging.INFO), logger.level
-    logger.addHandler(handler)
-    if logger.getEffectiveLevel() > logging.INFO:
-        logger.setLevel(logging.INFO)
+    with _users_lock:
+        _users.append(_users[0] if _users else logger.level)
+        logger.addHandler(_handler)
+        if logger.getEffectiveLevel() > logging.INFO:
+            logger.setLevel(logging.INFO)
     try:
         yield
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+        with _users_lock:
+            level = _users.pop()
+            if not _users:
+                logger.removeHandler(_handler)
+                logger.setLevel(level)
