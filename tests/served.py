@@ -8,7 +8,14 @@ from typing import Any
 from uuid import UUID
 
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    FlowRunFilter,
+    FlowRunFilterId,
+    LogFilter,
+    LogFilterFlowRunId,
+)
 from prefect.client.schemas.objects import State
 
 from shardmill.flows.parameters import QuantizeRequest
@@ -43,3 +50,18 @@ def artifacts(flow_run_id: UUID) -> dict[str, str]:
     with get_client(sync_client=True) as client:
         chosen = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
         return {artifact.key or "": str(artifact.data) for artifact in client.read_artifacts(artifact_filter=chosen)}
+
+
+def library_lines(flow_run_id: UUID, wanted: str, count: int) -> list[tuple[str, str, bool]]:
+    """`(logger, message, is of a task run)` of the library's lines, once `wanted` is there `count` times."""
+    deadline = time.monotonic() + 60
+    while True:
+        with get_client(sync_client=True) as client:
+            logs = client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[flow_run_id])))
+        found = [
+            (log.name, log.message, log.task_run_id is not None) for log in logs if log.name.startswith("shardmill")
+        ]
+        if sum(message == wanted for _, message, _ in found) >= count:
+            return found
+        assert time.monotonic() < deadline, f"expected {wanted!r} in the log, found {found}"
+        time.sleep(0.2)

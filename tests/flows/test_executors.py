@@ -169,6 +169,27 @@ def test_a_shard_that_fails_stops_no_other_and_one_that_may_pass_is_tried_again(
     assert (failures.done, len(begun)) == (3, 7)
 
 
+def test_an_error_that_cannot_be_sent_is_that_shards_failure(
+    ask: Ask, scheduler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shardmill.stages import quantize
+
+    real = quantize.quantize_shard
+
+    def fail(shard: Any, *args: Any) -> Any:
+        if "00002" in shard.name:
+            raise ValueError(threading.Lock())
+        return real(shard, *args)
+
+    monkeypatch.setattr("shardmill.tasks.quantize.quantize.quantize_shard", fail)
+
+    state = quantize_checkpoint(ask(executor="dask", dask_scheduler=scheduler), return_state=True)
+
+    failures = state.result(raise_on_failure=False)
+    assert isinstance(failures, ShardFailures)
+    assert ([name for name, _ in failures.failures], failures.done) == (["model-00002-of-00004.safetensors"], 3)
+
+
 def test_a_request_to_stop_reaches_the_workers(ask: Ask, scheduler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the caller sets is an event of its own, which workers elsewhere do not see."""
     stop = threading.Event()

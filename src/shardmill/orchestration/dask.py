@@ -192,6 +192,8 @@ def _settle(future: PrefectFuture[Any]) -> ShardResult:
         return WorkerLost(message)
     except _LOST as error:
         return WorkerLost(f"the scheduler gave it up: {error!r}; run again: finished shards are kept")
+    except Exception as error:  # noqa: BLE001  an outcome that cannot be sent is that shard's error, and no other's
+        return error
 
 
 def _end(client: PrefectDaskClient, window: Window, job: Job) -> None:
