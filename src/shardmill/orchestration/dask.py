@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import pkgutil
 import threading
@@ -18,9 +19,7 @@ from distributed import LocalCluster, Security, Worker, WorkerPlugin
 from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
 from prefect.client.orchestration import get_client
-from prefect.events.worker import EventsWorker
 from prefect.futures import PrefectFuture
-from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.tasks import Task
 from prefect_dask.client import PrefectDaskClient
@@ -38,7 +37,6 @@ _CODE: Final = ("shardmill:__version__", "shardmill.core.digest:STAGE_VERSIONS",
 _JOIN_SECONDS: Final = 60.0
 _STOP_SECONDS: Final = 6.0
 """How long shards have to end after a request to stop."""
-_DRAIN_SECONDS: Final = 5.0
 _LOST: Final = (KilledWorker, CancelledError, CommClosedError, asyncio.CancelledError)
 
 
@@ -97,12 +95,13 @@ class Dask:
                 _end(client, window, job)
                 raise
             finally:
-                self._leave(client, job)
+                _leave(client, job)
 
     @contextmanager
     def _connected(self) -> Iterator[PrefectDaskClient]:
         if not self.scheduler:
             with (
+                _quiet(),
                 LocalCluster(
                     n_workers=len(self.devices),
                     threads_per_worker=1,
@@ -142,15 +141,6 @@ class Dask:
             return None
         message = f"no worker offers the resource {GPU}, so shards on {show(device)} would wait for ever"
         raise invalid("dask-no-gpu", message, "start one worker per device: `dask worker ADDRESS --resources GPU=1`")
-
-    def _leave(self, client: PrefectDaskClient, job: Job) -> None:
-        """Keep nothing of the run on the workers."""
-        with suppress(*_LOST, OSError, TimeoutError):
-            client.run(forget_bench, job.run, on_error="ignore")
-            if not self.scheduler:
-                client.run(_send_rest, on_error="ignore")
-        # a worker that was killed left its temporary file
-        bench_of(job).store.folder.sweep()
 
 
 def _told(job: Job, threads: int) -> Job:
@@ -206,6 +196,25 @@ def _end(client: PrefectDaskClient, window: Window, job: Job) -> None:
         client.cancel([future.wrapped_future for future in window.pending if isinstance(future, PrefectDaskFuture)])
 
 
+def _leave(client: PrefectDaskClient, job: Job) -> None:
+    """Keep nothing of the run on the workers, nor what killed ones left in the store."""
+    with suppress(*_LOST, OSError, TimeoutError):
+        client.run(forget_bench, job.run, on_error="ignore")
+    bench_of(job).store.folder.sweep()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep a cluster of our own from telling how it starts and ends."""
+    logger = logging.getLogger("distributed")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 @contextmanager
 def _reachable_server() -> Iterator[None]:
     """Name the server that Prefect started for this process, where there is no other: workers send it their states."""
@@ -244,9 +253,3 @@ class _Share(WorkerPlugin):
 
 def _stop_shards(job: Job) -> None:
     bench_of(job).stop.set()
-
-
-async def _send_rest() -> None:
-    """Send states and log lines that are still here, before the process ends."""
-    await asyncio.to_thread(EventsWorker.drain_all, timeout=_DRAIN_SECONDS)
-    await asyncio.to_thread(APILogWorker.drain_all, timeout=_DRAIN_SECONDS)
