@@ -8,10 +8,10 @@ LINKS := build/lint
 SCRIPTS = $(shell find deployments -name '*.py')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all coverage bench bench-kernels bench-buckets check lint types layers link-tree goldens clean
+.PHONY: help venv demo test test-all coverage bench bench-kernels bench-buckets bench-executors check lint types layers link-tree goldens clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: .venv/stamp  ## make .venv with everything pinned by constraints.txt
 
@@ -36,10 +36,13 @@ BENCH_REFERENCE = $(if $(SHARDMILL_REFERENCE_PYTHON)$(filter --skip-reference --
 
 bench: .venv/stamp $(BENCH_REFERENCE)  ## measure speed and memory beside the reference system; takes hours
 	$(BIN)/python tests/bench $(BENCH)
-	$(MAKE) bench-buckets
+	$(MAKE) bench-buckets bench-executors
 
 bench-buckets: .venv/stamp  ## measure bucket to bucket beside a bare client, on a radosgw that is started for it
 	tests/storage/ceph.sh run $(BIN)/python tests/bench/buckets.py
+
+bench-executors: .venv/stamp  ## measure what each executor costs per shard
+	$(BIN)/python tests/bench/executors.py
 
 bench-kernels: .venv/stamp  ## measure the kernels alone, on one core
 	$(BIN)/python tests/bench/kernels.py

@@ -252,7 +252,7 @@ def cluster(notes: Notes, request: pytest.FixtureRequest) -> Iterator[LocalClust
     preload = str(notes.preload(getattr(request, "param", "")))
     with (
         config.set({"distributed.worker.preload": [preload]}),
-        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, memory_limit=0) as cluster,
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", memory_limit=0) as cluster,
     ):
         yield cluster
 

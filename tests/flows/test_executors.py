@@ -52,7 +52,12 @@ def a_job(tmp_path: Path, device: str = "cpu", workers: int = 0, name: str = "ru
 def scheduler() -> Iterator[str]:
     """Address of a scheduler with two workers, all in this process, so that what a test patches is patched there."""
     with LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None, protocol="tcp", memory_limit=0
+        n_workers=2,
+        threads_per_worker=1,
+        processes=False,
+        dashboard_address="127.0.0.1:0",
+        protocol="tcp",
+        memory_limit=0,
     ) as cluster:
         yield cluster.scheduler_address
 

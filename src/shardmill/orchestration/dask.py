@@ -106,7 +106,7 @@ class Dask:
                     n_workers=len(self.devices),
                     threads_per_worker=1,
                     memory_limit=0,  # a worker needs two row blocks, whatever the shard; nothing is kept there
-                    dashboard_address=None,
+                    dashboard_address="127.0.0.1:0",  # None would take port 8787
                     security=Security.temporary(),  # who reaches a scheduler runs code
                 ) as cluster,
                 PrefectDaskClient(cluster, set_as_default=False) as client,
