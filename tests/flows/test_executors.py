@@ -233,6 +233,12 @@ def test_an_accelerator_that_no_worker_offers_is_refused(ask: Ask, scheduler: st
     assert way_out in str(refused)
 
 
+def test_a_moment_without_workers_loses_no_shard(ask: Ask, scheduler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dask, "_slots", lambda *_: 0)
+
+    assert quantize_checkpoint(ask(executor="dask", dask_scheduler=scheduler)).shards == 4
+
+
 def test_a_shard_takes_the_accelerator_of_its_worker(tmp_path: Path) -> None:
     workers = {"a": {"nthreads": 4, "resources": {GPU: 1.0}}, "b": {"nthreads": 2, "resources": {}}}
     client: Any = SimpleNamespace(wait_for_workers=lambda *_, **__: None, scheduler_info=lambda: {"workers": workers})

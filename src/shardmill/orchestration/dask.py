@@ -83,7 +83,7 @@ class Dask:
             window = Window(shards)
             try:
                 while True:
-                    window.fill(0 if self.stop.is_set() else 2 * _slots(client, resources), submit)
+                    window.fill(0 if self.stop.is_set() else 2 * max(1, _slots(client, resources)), submit)
                     if not window.pending:
                         return
                     if found := window.next():
