@@ -28,7 +28,7 @@ from prefect_dask.task_runners import PrefectDaskFuture
 from shardmill.core.plan import ShardPlan
 from shardmill.errors import WorkerLost, show
 from shardmill.orchestration.bench import Job, bench_of, forget_bench, set_own_device, uninspected
-from shardmill.orchestration.executors import ShardResult, Window, invalid, settle
+from shardmill.orchestration.executors import ShardResult, Submit, Window, invalid, settle
 
 GPU: Final = "GPU"
 """The resource that a worker with an accelerator offers, and that a shard takes one of."""
@@ -82,20 +82,39 @@ class Dask:
 
             window = Window(shards)
             try:
-                while True:
-                    window.fill(0 if self.stop.is_set() else 2 * max(1, _slots(client, resources)), submit)
-                    if not window.pending:
-                        return
-                    if found := window.next():
-                        yield found[0], _settle(found[1])
-                    elif self.stop.is_set():
-                        client.run(_stop_shards, job, on_error="ignore")
+                for shard, future in self._settled(client, window, submit, resources, job):
+                    yield shard, _settle(future)
             except BaseException:
                 self.stop.set()
                 _end(client, window, job)
                 raise
             finally:
                 _leave(client, job)
+
+    def _settled(
+        self, client: PrefectDaskClient, window: Window, submit: Submit, resources: dict[str, int] | None, job: Job
+    ) -> Iterator[tuple[ShardPlan, PrefectFuture[Any]]]:
+        """Finished tasks as they come.
+
+        When a worker dies, Dask suspects every shard that it was given, those that only waited there too. So suspects
+        are tried again at the end, one at a time: only a shard that was alone with its worker can have killed it.
+        """
+        suspects: list[ShardPlan] = []
+        is_alone = False
+        while True:
+            window.fill(0 if self.stop.is_set() else 2 * max(1, _slots(client, resources)), submit)
+            if not window.pending and suspects and not self.stop.is_set():
+                window.submit(suspects.pop(), submit)
+                is_alone = True
+            if not window.pending:
+                return
+            if found := window.next():
+                if is_alone or not _was_killed(found[1]):
+                    yield found
+                else:
+                    suspects.append(found[0])
+            elif self.stop.is_set():
+                client.run(_stop_shards, job, on_error="ignore")
 
     @contextmanager
     def _connected(self) -> Iterator[PrefectDaskClient]:
@@ -168,6 +187,10 @@ def _check_code(client: PrefectDaskClient) -> None:
                 shown = show(f"{type(there).__name__}: {there}" if isinstance(there, Exception) else str(there))
                 message = f"worker {show(worker)} has another {name.replace(':', '.')}: {shown}, here `{here}`"
                 raise invalid("dask-other-code", message, "install the same release on every worker, and restart it")
+
+
+def _was_killed(future: PrefectFuture[Any]) -> bool:
+    return isinstance(future, PrefectDaskFuture) and isinstance(future.wrapped_future.exception(), KilledWorker)
 
 
 def _settle(future: PrefectFuture[Any]) -> ShardResult:

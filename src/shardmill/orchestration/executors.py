@@ -24,6 +24,8 @@ from shardmill.stages.devices import resolve_devices
 
 ShardResult: TypeAlias = ShardOutcome | BaseException
 """What became of one shard."""
+Submit: TypeAlias = Callable[[ShardPlan], PrefectFuture[Any]]
+"""Hands a shard to whoever works on it."""
 _WAKE_SECONDS: Final = 0.5
 
 
@@ -45,12 +47,16 @@ class Window:
         self._waiting = iter(shards)
         self._settled: queue.SimpleQueue[PrefectFuture[Any]] = queue.SimpleQueue()
 
-    def fill(self, size: int, submit: Callable[[ShardPlan], PrefectFuture[Any]]) -> None:
+    def fill(self, size: int, submit: Submit) -> None:
         """Submit shards until `size` are pending."""
         for shard in islice(self._waiting, max(0, size - len(self.pending))):
-            future = submit(shard)
-            self.pending[future] = shard
-            future.add_done_callback(self._settled.put)
+            self.submit(shard, submit)
+
+    def submit(self, shard: ShardPlan, submit: Submit) -> None:
+        """Submit a shard."""
+        future = submit(shard)
+        self.pending[future] = shard
+        future.add_done_callback(self._settled.put)
 
     def next(self) -> tuple[ShardPlan, PrefectFuture[Any]] | None:
         """A finished task with its shard; None after a short while, so that a request to stop is seen.
