@@ -17,6 +17,7 @@ import pytest
 from prefect.filesystems import LocalFileSystem
 from prefect.results import ResultStore
 from prefect.serializers import JSONSerializer, PickleSerializer
+from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 
 from served import Ask, run_id, states
 from shardmill.core.digest import Digest
@@ -269,6 +270,71 @@ def test_planted_records_run_nothing_and_are_replaced(
     assert not mark.exists()
     assert (state.result().hits, computed) == (4, [])
     assert all(is_own_record(path.read_bytes()) for path in kept)
+
+
+def relabelled(content: bytes, path: Path) -> str:
+    """A record as it would be if it had been written under the name of another one."""
+    record = json.loads(content)
+    record["metadata"]["storage_key"] = json.loads(path.read_bytes())["metadata"]["storage_key"]
+    return json.dumps(record)
+
+
+def give_pickles(kept: list[Path], mark: Path, _ask: Ask) -> None:
+    for path in kept:
+        record = json.loads(path.read_bytes())
+        planted_pickle(record, mark)
+        path.write_text(json.dumps(record))
+
+
+def swap(kept: list[Path], _mark: Path, _ask: Ask) -> None:
+    texts = [relabelled(kept[number - 1].read_bytes(), path) for number, path in enumerate(kept)]
+    for path, text in zip(kept, texts, strict=True):
+        path.write_text(text)
+
+
+def take_from_another_storage(kept: list[Path], mark: Path, ask: Ask) -> None:
+    """Records of the same shards, quantized otherwise into another store, whole and well-formed."""
+    others = mark.parent / "other-records"
+    with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: others}):
+        for destination in ("first", "second"):
+            quantize_checkpoint(ask(scheme="NVFP4A16", destination=str(mark.parent / "elsewhere" / destination)))
+    for path, other in zip(kept, by_job(others), strict=True):
+        path.write_text(relabelled(other.read_bytes(), path))
+
+
+def name_another_storage(kept: list[Path], _mark: Path, _ask: Ask) -> None:
+    for path in kept:
+        record = json.loads(path.read_bytes())
+        other_block(record, {})
+        path.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("is_store_kept", [True, False], ids=["store", "no store"])
+@pytest.mark.parametrize("change", [give_pickles, swap, take_from_another_storage, name_another_storage])
+def test_no_changed_record_is_executed_or_believed(
+    change: Callable[[list[Path], Path, Ask], None],
+    is_store_kept: bool,  # noqa: FBT001  a parameter of pytest
+    ask: Ask,
+    kept: list[Path],
+    tmp_path: Path,
+    computed: list[str],
+) -> None:
+    mark = tmp_path / "executed"
+    change(kept, mark, ask)
+    computed.clear()
+    planted = [path.read_bytes() for path in kept]
+    if not is_store_kept:
+        for part in ("blobs", "receipts"):
+            shutil.rmtree(tmp_path / ".shardmill" / part)
+
+    summary = quantize_checkpoint(ask(destination=str(tmp_path / "third")))
+
+    assert not mark.exists()
+    assert (summary.hits, len(computed)) == ((4, 0) if is_store_kept else (0, 4))
+    for path in sorted((tmp_path / "first").iterdir()):
+        assert (tmp_path / "third" / path.name).read_bytes() == path.read_bytes(), path.name
+    for path, content in zip(kept, planted, strict=True):
+        assert not path.exists() or (path.read_bytes() != content and is_own_record(path.read_bytes()))
 
 
 def test_records_without_a_store_count_for_nothing(
