@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import checkpoints
+from shardmill.core import plan as core_plan
 from shardmill.core.plan import ShardPlan
 from shardmill.core.recipe import uniform
 from shardmill.errors import DestinationInvalid
@@ -178,3 +179,45 @@ def test_edges_are_read_once_per_state(locations: Locations, monkeypatch: pytest
     again(locations)
     again(locations)
     assert read == [blobs[0]]
+
+
+def made_of(locations: Locations) -> str:
+    note = locations.open_store().publication(locations.destination)
+    assert note is not None
+    return note.made_of
+
+
+def test_the_store_knows_what_a_result_is_made_of_as_long_as_nothing_was_written(
+    locations: Locations, tmp_path: Path
+) -> None:
+    source, fp8, nvfp4 = locations.open_source(), uniform("FP8_DYNAMIC"), uniform("NVFP4A16")
+    first = made_of(locations)
+    assert first == core_plan.made_of(store.listing_state(source.listing()), nvfp4) != ""
+    assert first != core_plan.made_of(store.listing_state(source.listing()), fp8)
+    os.link(tmp_path / "source" / "config.json", tmp_path / "other-name")  # changes its ctime
+    assert first == make_plan(source, nvfp4).made_of
+    (tmp_path / "source" / "README.md").write_text("new")
+    assert first != make_plan(source, nvfp4).made_of
+
+
+def test_a_file_that_arrives_during_a_run_is_no_part_of_what_its_result_is_made_of(
+    locations: Locations, tmp_path: Path
+) -> None:
+    shutil.rmtree(Path(locations.destination))
+    before = make_plan(locations.open_source(), uniform("NVFP4A16")).made_of
+    late = Watcher(on_plan=lambda _plan: (tmp_path / "source" / "README.md").write_text("late") and None)
+    run(locations, uniform("NVFP4A16"), RunOptions(device="cpu", workers=1), watcher=late)
+    assert made_of(locations) == before
+
+
+def test_a_run_that_finds_its_result_finished_notes_what_it_is_made_of(locations: Locations) -> None:
+    first = made_of(locations)
+    locations.open_store().forget_publication(locations.destination)
+    again(locations)
+    assert made_of(locations) == first
+
+
+def test_the_state_of_young_files_has_no_name(locations: Locations, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write within the same tick of the clock may leave size and times as they are."""
+    monkeypatch.setattr(store, "_FRESH_NS", 3600 * 10**9)
+    assert make_plan(locations.open_source(), uniform("NVFP4A16")).made_of == ""

@@ -29,7 +29,7 @@ from shardmill.core.layout import (
     shard_bytes,
 )
 from shardmill.core.matching import split_name
-from shardmill.core.recipe import Recipe
+from shardmill.core.recipe import Recipe, recipe_to_json
 from shardmill.core.scheme import Scheme, weight_args_to_json
 from shardmill.errors import Problem
 
@@ -301,11 +301,26 @@ class Plan:
     """Module names for the written config: every linear layer that stays dense."""
     problems: tuple[Problem, ...]
     warnings: tuple[Problem, ...]
+    source_state: str = ""
+    """Names the state of the source's listing when the plan was made; empty where a later write could go unnoticed."""
 
     @property
     def source_bytes(self) -> int:
         """Size of all source shards."""
         return sum(shard.size for shard in self.shards)
+
+    @property
+    def made_of(self) -> str:
+        """What the result is made of, see `made_of`."""
+        return made_of(self.source_state, self.recipe)
+
+
+def made_of(source_state: str, recipe: Recipe) -> str:
+    """Name what a result is made of, without reading anything: the state of a listing and a recipe.
+
+    Unlike a plan it says nothing of content, and nothing of the release that computes; empty where the state is.
+    """
+    return digest_json([source_state, recipe_to_json(recipe)]) if source_state else ""
 
 
 def units_of(tensor: TensorPlan, schemes: Sequence[Scheme]) -> Iterator[Unit]:

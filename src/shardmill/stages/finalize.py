@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from typing import Any, Final
@@ -19,7 +19,7 @@ from shardmill.storage.hashing import hash_file
 from shardmill.storage.location import parse_location
 from shardmill.storage.publish import Destination, Piece, Release, in_use, is_whole
 from shardmill.storage.source import SourceFolder
-from shardmill.storage.store import Store, blob_name
+from shardmill.storage.store import Publication, Store, blob_name
 
 _READERS: Final = 4
 
@@ -48,8 +48,7 @@ def finalize(
     is_free = destination.is_free()
     if not is_free and not is_published(destination, document):
         raise in_use(destination.url, "it holds the result of another plan")
-    keys = [receipt.key for receipt in receipts.values()]
-    store.note_publication(str(parse_location(locations.destination)), document["plan"], keys)
+    _note(plan, document["plan"], [receipt.key for receipt in receipts.values()], locations, store)
     if is_free:
         release = Release(
             shards=tuple(_shard_piece(shard.name, receipts[shard.name], store) for shard in plan.shards),
@@ -133,7 +132,15 @@ def published_result(plan: Plan, locations: Locations, store: Store) -> dict[str
     found = destination.manifest()
     if found is None or found.get("plan") != digest or not is_whole(destination, found):
         raise in_use(destination.url, "it holds the result of another plan")
+    _note(plan, digest, keys.values(), locations, store)
     return found
+
+
+def _note(plan: Plan, digest: str, keys: Iterable[str], locations: Locations, store: Store) -> None:
+    """Let the store know what the destination holds, or will in a moment."""
+    destination = str(parse_location(locations.destination))
+    note = Publication(destination=destination, plan=digest, keys=frozenset(keys), made_of=plan.made_of)
+    store.note_publication(note)
 
 
 def _file_digests(plan: Plan, source: SourceFolder) -> dict[str, str]:

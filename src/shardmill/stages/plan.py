@@ -13,7 +13,7 @@ from shardmill.core.recipe import Recipe
 from shardmill.storage.location import HUB, Location, open_location, parse_location
 from shardmill.storage.publish import Destination, open_destination
 from shardmill.storage.source import SourceFolder, open_source, read_checkpoint
-from shardmill.storage.store import FAST, FOLDER_NAME, Store
+from shardmill.storage.store import FAST, FOLDER_NAME, Store, listing_state
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +64,9 @@ class Locations:
 def make_plan(source: SourceFolder, recipe: Recipe) -> Plan:
     """Plan the conversion of a checkpoint; what is wrong with it is in `Plan.problems`."""
     with collection_paused():
-        return build_plan(read_checkpoint(source), recipe)
+        listing = source.listing()  # before anything is read: what arrives later is not in the plan
+        found = build_plan(read_checkpoint(source, tuple(listing)), recipe)
+        return replace(found, source_state=listing_state(listing))
 
 
 @contextmanager

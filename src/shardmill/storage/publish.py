@@ -151,16 +151,16 @@ def check_apart(destination: Location, source: Location, store: Location) -> lis
 
 def forget_gone(store: Store) -> None:
     """Drop what a store knows of destinations that do not hold the result any more; unreachable ones are kept."""
-    for url, plan, _ in list(store.publications()):
+    for note in list(store.publications()):
         try:
-            destination = open_destination(parse_location(url))
+            destination = open_destination(parse_location(note.destination))
             found = destination.manifest()
-            is_there = found is not None and found.get("plan") == plan and is_whole(destination, found)
+            is_there = found is not None and found.get("plan") == note.plan and is_whole(destination, found)
         except StorageFailed as error:
-            log.warning("store: %s cannot be looked at, what it holds is kept: %s", show(url, 200), error)
+            log.warning("store: %s cannot be looked at, what it holds is kept: %s", show(note.destination, 200), error)
             continue
         if not is_there:
-            store.forget_publication(url)
+            store.forget_publication(note.destination)
 
 
 def is_whole(destination: Destination, manifest: Mapping[str, Any]) -> bool:

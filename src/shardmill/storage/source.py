@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -133,9 +133,14 @@ class SourceFolder:
         data = start[LENGTH_BYTES : LENGTH_BYTES + length]
         return SourceShard(name, identity.size, parse_header(data, identity.size, file=name))
 
+    def listing(self) -> dict[str, FileIdentity]:
+        """The state of every file of the checkpoint by relative path, sorted; hidden folders are not entered."""
+        found = self.folder.listing()
+        return {name: state for name, state in found.items() if not any(map(_is_hidden, name.split("/")[:-1]))}
+
     def names(self) -> tuple[str, ...]:
         """Every file of the checkpoint as a relative path, sorted; hidden folders are not entered."""
-        return tuple(name for name in self.folder.listing() if not any(map(_is_hidden, name.split("/")[:-1])))
+        return tuple(self.listing())
 
 
 def _is_hidden(part: str) -> bool:
@@ -158,11 +163,15 @@ def open_source(url: str) -> SourceFolder:
     return SourceFolder(folder)
 
 
-def read_checkpoint(source: SourceFolder) -> Checkpoint:
-    """Read everything a plan needs; what is wrong is collected in the result, not raised."""
+def read_checkpoint(source: SourceFolder, names: Sequence[str] | None = None) -> Checkpoint:
+    """Read everything a plan needs; what is wrong is collected in the result, not raised.
+
+    Args:
+        names: of its files, where they are known already.
+    """
     problems: list[Problem] = []
     warnings: list[Problem] = []
-    names = source.names()
+    names = source.names() if names is None else names
     index = _read_index(source, names, problems)
     shard_names = _choose_shards(names, index, problems)
     shards = _read_headers(source, shard_names, problems)

@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import IO, Final
 
 from shardmill.core.digest import Digest, canonical_json, digest_json
@@ -79,6 +79,18 @@ class Entry:
     """Of the receipt, seconds since the epoch."""
     is_published: bool
     """Whether some destination links to the blob."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publication:
+    """What the store knows of a result that was published."""
+
+    destination: str
+    plan: str
+    keys: frozenset[str]
+    """Of the jobs whose results it holds."""
+    made_of: str = ""
+    """See `core.plan.made_of`; empty where that could not be told."""
 
 
 class Store:
@@ -352,26 +364,41 @@ class Store:
                 )
         return problems
 
-    def note_publication(self, destination: str, plan: str, keys: Collection[str]) -> None:
-        """Remember which jobs a destination was made of, for `collect`."""
-        document = {"destination": destination, "plan": plan, "keys": sorted(keys)}
-        self.folder.put(f"published/{digest_json(destination)}.json", canonical_json(document), durable=False)
+    def note_publication(self, publication: Publication) -> None:
+        """Remember what a destination was made of: for `collect`, and for who asks whether there is anything new."""
+        document = asdict(publication) | {"keys": sorted(publication.keys)}
+        self.folder.put(_publication_name(publication.destination), canonical_json(document), durable=False)
 
-    def publications(self) -> Iterator[tuple[str, str, frozenset[str]]]:
-        """Destinations that results were published to, with the plan and the job keys of each."""
-        for name in self.folder.listing("published/"):
-            try:
-                raw = json.loads(self.folder.read(name, _SMALL_LIMIT))
-                yield str(raw["destination"]), str(raw["plan"]), frozenset(map(str, raw["keys"]))
-            except (ValueError, KeyError, TypeError) as error:
-                log.warning("store: %s cannot be used: %s", show(name), error)
+    def publication(self, destination: str) -> Publication | None:
+        """What is known of the result at a destination; it may be gone by now."""
+        return self._read_publication(_publication_name(destination))
+
+    def publications(self) -> Iterator[Publication]:
+        """What is known of every result that was published."""
+        found = map(self._read_publication, self.folder.listing("published/"))
+        return (publication for publication in found if publication is not None)
+
+    def _read_publication(self, name: str) -> Publication | None:
+        try:
+            raw = json.loads(self.folder.read(name, _SMALL_LIMIT))
+            return Publication(
+                destination=str(raw["destination"]),
+                plan=str(raw["plan"]),
+                keys=frozenset(map(str, raw["keys"])),
+                made_of=str(raw.get("made_of", "")),  # notes of older releases do not say
+            )
+        except ObjectMissing:
+            return None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            log.warning("store: %s cannot be used: %s", show(name), error)
+            return None
 
     def _published(self) -> frozenset[str]:
-        return frozenset().union(*(keys for _, _, keys in self.publications()))
+        return frozenset().union(*(publication.keys for publication in self.publications()))
 
     def forget_publication(self, destination: str) -> None:
         """A destination does not hold its result any more."""
-        self.folder.remove(f"published/{digest_json(destination)}.json")
+        self.folder.remove(_publication_name(destination))
 
     def collect(self, *, older_than: float, keep: Collection[str] = ()) -> list[Entry]:
         """Delete what is older than `older_than` seconds, not in use by a destination and not in `keep`.
@@ -401,6 +428,20 @@ class Store:
                 self.folder.remove(name)
                 doomed.append(Entry(_key_of(name), state.size, state.modified, is_published=False))
         return doomed
+
+
+def listing_state(listing: Mapping[str, FileIdentity]) -> str:
+    """Name the state of all files of a folder without reading them; empty where one is too young to tell its states.
+
+    The status change time is left out: a link to a file changes it, and no byte.
+    """
+    if not all(_is_settled(state.mtime_ns) for state in listing.values()):
+        return ""
+    return digest_json([[name, state.fingerprint(with_ctime=False)] for name, state in sorted(listing.items())])
+
+
+def _publication_name(destination: str) -> str:
+    return f"published/{digest_json(destination)}.json"
 
 
 def _digest_name(identity: FileIdentity) -> str:
