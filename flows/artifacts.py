@@ -6,9 +6,12 @@ never a finished shard.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Final
 from uuid import UUID
 
@@ -18,6 +21,8 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactUpdate
 
 from shardmill.core.plan import Plan
 from shardmill.core.summary import Summary, render
@@ -25,6 +30,8 @@ from shardmill.errors import NAME_LIMIT, Problem, Refused
 from shardmill.orchestration.names import plain
 
 log = logging.getLogger(__name__)
+PROBLEMS_RAISED: Final = 10
+"""Problems that a refusal repeats; the artifact `failures` has all of them."""
 ROWS: Final = 1000
 """Rows that a table shows."""
 PROGRESS_SECONDS: Final = 2.0
@@ -92,6 +99,45 @@ def show_problems(problems: Iterable[Problem]) -> None:
         [problem_row(problem) for problem in problems],
         "Nothing was written: every problem and the way out.",
     )
+
+
+@contextmanager
+def refusals_shown() -> Iterator[None]:
+    """Show every problem of a refusal as an artifact, and fail with a few of them."""
+    try:
+        yield
+    except Refused as error:
+        show_problems(error.problems)
+        rest = len(error.problems) - PROBLEMS_RAISED
+        if rest <= 0:
+            raise
+        more = Problem(kind="more", message=f"{rest} more problems than these; the artifact `failures` lists all")
+        raise type(error)([*error.problems[:PROBLEMS_RAISED], more]) from None
+
+
+class BatchTable:
+    """What becomes of every checkpoint of a batch: one artifact, kept up to date."""
+
+    def __init__(self) -> None:
+        self._artifact: UUID | None = None
+
+    def show(self, rows: Sequence[Mapping[str, Any]], description: str) -> None:
+        """Show all rows anew; texts are foreign."""
+        shown = [
+            {name: _cell(value, _MESSAGE_LIMIT) if isinstance(value, str) else value for name, value in row.items()}
+            for row in rows[:ROWS]
+        ]
+        if len(rows) > ROWS:
+            description += f" The first {ROWS} of {len(rows)} rows."
+        if self._artifact is None:
+            self._artifact = _try("batch", lambda: create_table_artifact(shown, key="batch", description=description))
+        else:
+            _try("batch", partial(_update_table, self._artifact, shown, description))
+
+
+def _update_table(artifact: UUID, rows: Sequence[Mapping[str, Any]], description: str) -> None:
+    with get_client(sync_client=True) as client:
+        client.update_artifact(artifact, ArtifactUpdate(data=json.dumps(rows), description=description))
 
 
 def show_failures(failures: Iterable[tuple[str, BaseException]]) -> None:

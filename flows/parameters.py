@@ -6,12 +6,23 @@ created; the rest is refused when the flow starts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 from shardmill.core.recipe import Recipe, parse_recipe
 from shardmill.core.scheme import PRESETS
+from shardmill.errors import Problem, RecipeInvalid
 from shardmill.orchestration.bench import Job
 from shardmill.orchestration.names import plain
 from shardmill.stages.pipeline import RunOptions
@@ -21,6 +32,7 @@ LOCATION_PATTERN: Final = r"^(?!.*://[^/]*@)(/|~|[A-Za-z][A-Za-z0-9+.-]*://)[^\x
 """An absolute path or a URL; no user name or password, since parameters are stored and shown in clear."""
 _DEVICE_PATTERN: Final = r"^[a-z]+(:[0-9]+)?(,[a-z]+(:[0-9]+)?)*(?!\n)$"
 _SCHEDULER_PATTERN: Final = r"^(tcp|tls)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}(?!\n)$"
+_DEPLOYMENT_PATTERN: Final = r"^[^/]+/[^/]+(?!\n)$"
 _CHOICES: Final = ("group_size", "ignore", "default_ignores", "indivisible", "expert_layout", "partial_fused")
 """Fields that a recipe replaces."""
 
@@ -36,21 +48,13 @@ Pattern = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 SchemeName = Annotated[str, AfterValidator(_known_scheme), WithJsonSchema({"type": "string", "enum": list(PRESETS)})]
 
 
-class QuantizeRequest(BaseModel):
-    """What is quantized, how, and where."""
-
+class _Form(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, regex_engine="python-re")
 
-    source: Location = Field(
-        description="Checkpoint to read: a folder with safetensors shards, config.json and tokenizer. "
-        "Absolute path or URL.",
-        examples=["/models/Qwen3-8B"],
-    )
-    destination: Location = Field(
-        description="Where the result appears, whole, when it is finished: nothing or an empty folder. "
-        "Absolute path or URL.",
-        examples=["/models/Qwen3-8B-FP8"],
-    )
+
+class Choices(_Form):
+    """How weights are quantized."""
+
     scheme: SchemeName = Field(default="FP8_DYNAMIC", description="How every quantizable weight is quantized.")
     group_size: int | None = Field(
         default=None, ge=1, le=65536, description="Consecutive input features per scale; empty for the scheme's own."
@@ -81,6 +85,37 @@ class QuantizeRequest(BaseModel):
         "It replaces the scheme and all choices above; leave those at their defaults.",
         examples=[{"groups": [{"targets": ["re:.*mlp.*"], "scheme": "NVFP4A16"}, {"scheme": "FP8_DYNAMIC"}]}],
     )
+
+    @model_validator(mode="after")
+    def _recipe_or_choices(self) -> Self:
+        fields = type(self).model_fields
+        changed = [
+            name for name in _CHOICES if getattr(self, name) != fields[name].get_default(call_default_factory=True)
+        ]
+        if self.recipe is not None and changed:
+            raise ValueError(f"a recipe replaces {', '.join(changed)}: say it in the recipe, or leave the recipe out")
+        return self
+
+    @property
+    def scheme_label(self) -> str:
+        """The scheme in names for people and in destinations."""
+        return self.scheme if self.recipe is None else "recipe"
+
+    def to_recipe(self) -> Recipe:
+        """The library's recipe.
+
+        Raises:
+            RecipeInvalid: the choices do not fit together.
+        """
+        if self.recipe is not None:
+            return parse_recipe(self.recipe)
+        choices = {name: getattr(self, name) for name in _CHOICES}
+        return parse_recipe({"scheme": self.scheme} | choices)
+
+
+class Work(_Form):
+    """Where shards are worked on and kept; none of it changes bytes."""
+
     store: Location | None = Field(
         default=None,
         description="Where finished shards are kept and found again; empty for `.shardmill` beside the destination.",
@@ -117,37 +152,116 @@ class QuantizeRequest(BaseModel):
         description="How finished shards are checked: size, first and last 64 MB (fast), or every byte (full).",
     )
 
-    @model_validator(mode="after")
-    def _recipe_or_choices(self) -> Self:
-        fields = type(self).model_fields
-        changed = [
-            name for name in _CHOICES if getattr(self, name) != fields[name].get_default(call_default_factory=True)
-        ]
-        if self.recipe is not None and changed:
-            raise ValueError(f"a recipe replaces {', '.join(changed)}: say it in the recipe, or leave the recipe out")
-        return self
+
+class Places(_Form):
+    """What is read, and what is written."""
+
+    source: Location = Field(
+        description="Checkpoint to read: a folder with safetensors shards, config.json and tokenizer. "
+        "Absolute path or URL.",
+        examples=["/models/Qwen3-8B"],
+    )
+    destination: Location = Field(
+        description="Where the result appears, whole, when it is finished: nothing or an empty folder. "
+        "Absolute path or URL.",
+        examples=["/models/Qwen3-8B-FP8"],
+    )
+
+
+class QuantizeRequest(Work, Choices, Places):
+    """What is quantized, how, and where."""
 
     @property
     def label(self) -> str:
         """Name of the run for people: the checkpoint and the scheme."""
         name = self.source.rstrip("/").rpartition("/")[2].partition("@")[0]
-        return f"{plain(name, 60)}-{self.scheme if self.recipe is None else 'recipe'}"
-
-    def to_recipe(self) -> Recipe:
-        """The library's recipe.
-
-        Raises:
-            RecipeInvalid: the choices do not fit together.
-        """
-        if self.recipe is not None:
-            return parse_recipe(self.recipe)
-        choices = {name: getattr(self, name) for name in _CHOICES}
-        return parse_recipe({"scheme": self.scheme} | choices)
+        return f"{plain(name, 60)}-{self.scheme_label}"
 
     def to_job(self, run: str) -> Job:
         """What the tasks of the flow run `run` are told."""
         return Job(
             run=run,
-            locations=Locations(source=self.source, destination=self.destination, store=self.store or ""),
+            locations=self.locations,
             options=RunOptions(device=self.device, workers=self.workers, verify=self.verify),
         )
+
+    @property
+    def locations(self) -> Locations:
+        """Where the run reads, writes and remembers."""
+        return Locations(source=self.source, destination=self.destination, store=self.store or "")
+
+
+class Batch(_Form):
+    """Which checkpoints are looked at, and where their results go."""
+
+    sources: list[Location] = Field(
+        default_factory=list,
+        max_length=1000,
+        description="Checkpoints, or patterns of their locations: `*` stands for part of a folder's name.",
+        examples=[["s3://models/incoming/*", "hf://Qwen/Qwen3-8B@main"]],
+    )
+    manifest: Location | None = Field(
+        default=None,
+        description="A YAML or JSON file with more of them: a list of locations, or of mappings with `source` and "
+        "whatever is different for it (`destination`, `scheme`, `ignore`, …).",
+        examples=["s3://models/nightly.yaml"],
+    )
+    destination: Location = Field(
+        description="Where each result goes: {name} is the last part of its source, {path} all below the pattern's "
+        "fixed part, {scheme} the scheme, {version} twelve digits that change whenever source or choices do.",
+        examples=["s3://models/quantized/{name}-{scheme}-{version}"],
+    )
+    max_parallel: int = Field(default=2, ge=1, le=64, description="Checkpoints that are converted at a time.")
+    min_age_minutes: int = Field(
+        default=0, ge=0, le=100_000, description="Leave checkpoints with a younger file for a later batch."
+    )
+    deployment: str | None = Field(
+        default="quantize-checkpoint/cpu",
+        max_length=300,
+        pattern=_DEPLOYMENT_PATTERN,
+        description="Deployment that converts each checkpoint in a run of its own. Empty: one after the other in the "
+        "run of the batch, as where there is no server.",
+        examples=["quantize-checkpoint/gpu"],
+    )
+
+
+class BatchRequest(Work, Choices, Batch):
+    """Which checkpoints are converted if they are new or changed, how, and where to."""
+
+    @model_validator(mode="after")
+    def _something_to_look_at(self) -> Self:
+        if not self.sources and self.manifest is None:
+            raise ValueError("give sources or a manifest")
+        return self
+
+    @property
+    def label(self) -> str:
+        """Name of the run for people."""
+        first = self.sources[0] if self.sources else self.manifest or ""
+        more = len(self.sources) - 1 + (self.manifest is not None and bool(self.sources))
+        return f"{plain(first.rpartition('://')[2], 60)}{f' and {more} more' if more else ''}-{self.scheme_label}"
+
+    def request_for(self, source: str, destination: str, choices: Mapping[str, Any]) -> QuantizeRequest:
+        """What a checkpoint of the batch is asked for.
+
+        Args:
+            choices: What is different for it; a recipe replaces what the batch chooses, and a choice its recipe.
+
+        Raises:
+            RecipeInvalid: a field that does not exist, or a value that does not fit; one problem for each.
+        """
+        inherited = {*Choices.model_fields, *Work.model_fields}
+        if "recipe" in choices:
+            inherited -= {"scheme", *_CHOICES}
+        elif {"scheme", *_CHOICES} & set(choices):
+            inherited.discard("recipe")
+        fields = {name: getattr(self, name) for name in inherited} | dict(choices)
+        try:
+            return QuantizeRequest.model_validate(fields | {"source": source, "destination": destination})
+        except ValidationError as error:
+            raise RecipeInvalid(_problem(source, detail) for detail in error.errors()) from None
+
+
+def _problem(source: str, detail: Mapping[str, Any]) -> Problem:
+    message = f"{'.'.join(map(str, detail['loc'])) or 'request'}: {detail['msg']}"
+    return Problem(file=source, kind="batch-choice", message=message, way_out="correct it")

@@ -7,8 +7,7 @@ fails the flow after all others are finished and kept in the store.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 
 from prefect import flow, get_run_logger
@@ -19,7 +18,7 @@ from shardmill.core.outcome import ShardOutcome
 from shardmill.core.plan import Plan
 from shardmill.core.recipe import Recipe
 from shardmill.core.summary import human_bytes, summarize
-from shardmill.errors import Interrupted, Problem, Refused, ShardFailures
+from shardmill.errors import Interrupted, ShardFailures
 from shardmill.flows import artifacts
 from shardmill.flows.parameters import QuantizeRequest
 from shardmill.orchestration.bench import Job, Workbench, uninspected, workbench
@@ -34,8 +33,6 @@ from shardmill.tasks.plan import plan_checkpoint
 from shardmill.tasks.quantize import confirm_shard, quantize_shard
 from shardmill.tasks.validate import CHUNK, validate_locations, validate_shards
 
-PROBLEMS_RAISED = 10
-"""Problems that a refusal repeats; the artifact `failures` has all of them."""
 WARNINGS_LOGGED = 100
 
 
@@ -70,7 +67,7 @@ def quantize_checkpoint(request: QuantizeRequest) -> FlowSummary:
     """
     started = time.monotonic()
     job = request.to_job(flow_run.id or "")
-    with library_logs(), _refusals_shown():
+    with library_logs(), artifacts.refusals_shown():
         job = replace(job, locations=pin_readable(job.locations, job.locations.open_store()))
         return _convert(request, job, started)
 
@@ -106,20 +103,6 @@ def _convert(request: QuantizeRequest, job: Job, started: float) -> FlowSummary:
             "%s of %s shards were done before, %s read", hits, len(plan.shards), human_bytes(bytes_read)
         )
         return result
-
-
-@contextmanager
-def _refusals_shown() -> Iterator[None]:
-    """Show every problem of a refusal as an artifact, and fail with a few of them."""
-    try:
-        yield
-    except Refused as error:
-        artifacts.show_problems(error.problems)
-        rest = len(error.problems) - PROBLEMS_RAISED
-        if rest <= 0:
-            raise
-        more = Problem(kind="more", message=f"{rest} more problems than these; the artifact `failures` lists all")
-        raise type(error)([*error.problems[:PROBLEMS_RAISED], more]) from None
 
 
 def _checked_plan(recipe: Recipe, job: Job) -> Plan:

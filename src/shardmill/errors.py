@@ -6,6 +6,7 @@
     │   ├── CheckpointInvalid             index, header, config or file of the source
     │   ├── DestinationInvalid            the destination cannot take this result
     │   ├── ExecutorInvalid               the chosen executor cannot work as it is asked to
+    │   ├── DeploymentInvalid             the server has no such deployment
     │   └── NonFiniteWeight               NaN or Inf in a tensor that is to be quantized
     ├── SourceChanged                     the source changed between plan and read
     ├── DeviceExhausted                   an accelerator has no room for even the smallest row block
@@ -16,6 +17,7 @@
     │   └── StorageUnavailable            it may succeed a little later: connection, server error, timeout
     │       └── TransferDamaged           bytes do not have the digest that is known of them
     ├── ShardFailures                     some shards failed; the others are in the store
+    ├── BatchFailures                     some checkpoints of a batch failed; the others are converted
     ├── Interrupted                       stopped on request; finished shards stay in the store
     └── VerificationFailed                `verify` found differences
 
@@ -29,6 +31,7 @@ from dataclasses import dataclass
 
 MESSAGE_LIMIT = 300
 NAME_LIMIT = 120
+_SHOWN = 20
 
 
 def show(name: str, limit: int = NAME_LIMIT) -> str:
@@ -95,6 +98,10 @@ class DestinationInvalid(Refused):
 
 class ExecutorInvalid(Refused):
     """The chosen executor cannot work as it is asked to."""
+
+
+class DeploymentInvalid(Refused):
+    """The server has no deployment of this name."""
 
 
 class NonFiniteWeight(Refused):
@@ -169,6 +176,22 @@ class ShardFailures(ShardmillError):
         lines = [f"{len(self.failures)} of {total} shards failed; {self.done} are finished and kept in the store"]
         lines += [str(e) if isinstance(e, Refused) else f"{show(shard)}: {e}" for shard, e in self.failures]
         return "\n".join(lines)
+
+
+class BatchFailures(ShardmillError):
+    """Some checkpoints of a batch were not converted; all others are."""
+
+    def __init__(self, failures: Sequence[tuple[str, str]], done: int) -> None:
+        self.failures = tuple(failures)
+        """`(source, message)`."""
+        self.done = done
+        super().__init__(self.failures, done)
+
+    def __str__(self) -> str:
+        total, shown = len(self.failures) + self.done, self.failures[:_SHOWN]
+        lines = [f"{len(self.failures)} of {total} checkpoints were not converted"]
+        lines += [f"{show(source)}: {message}" for source, message in shown]
+        return "\n".join(lines + ["…"] * (len(shown) < len(self.failures)))
 
 
 def refuse(kind: str, message: str, *, file: str = "", tensor: str = "", way_out: str = "") -> CheckpointInvalid:
