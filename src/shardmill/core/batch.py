@@ -130,15 +130,6 @@ def _bad_template(template: str, message: str, way_out: str) -> Problem:
     return Problem(file=template, kind="batch-destination", message=f"destination {message}", way_out=way_out)
 
 
-def needs_version(template: str) -> bool:
-    """Whether a template names the state of the source.
-
-    >>> needs_version("/out/{name}-{version}"), needs_version("/out/{name}")
-    (True, False)
-    """
-    return any(name == "version" for _, name, _, _ in Formatter().parse(template))
-
-
 def destination_of(template: str, found: Found, scheme: str, made_of: str) -> str:
     """Fill in a template that was checked.
 

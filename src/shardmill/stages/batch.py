@@ -19,7 +19,7 @@ from shardmill.core.index import INDEX_NAME, parse_index
 from shardmill.core.plan import made_of
 from shardmill.core.recipe import Recipe
 from shardmill.core.summary import Summary, summarize_manifest
-from shardmill.errors import ObjectMissing, Refused, refuse, show
+from shardmill.errors import FileTooLarge, ObjectMissing, Refused, refuse, show
 from shardmill.stages.plan import Locations
 from shardmill.stages.result import read_manifest_of
 from shardmill.storage.folder import FileIdentity
@@ -57,6 +57,9 @@ def read_entries(url: str) -> tuple[Entry, ...]:
         return parse_entries(yaml.safe_load(data))
     except ObjectMissing as error:
         raise refuse("batch-manifest", "there is no such file", file=url, way_out="correct the location") from error
+    except FileTooLarge as error:
+        message = f"larger than the limit of {_MANIFEST_LIMIT} bytes"
+        raise refuse("batch-manifest", message, file=url, way_out="split it") from error
     except yaml.YAMLError as error:
         where = " ".join(str(error).split())
         raise refuse("batch-manifest", f"neither YAML nor JSON: {where}", file=url, way_out="correct it") from error

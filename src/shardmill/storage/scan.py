@@ -29,9 +29,9 @@ def find_checkpoints(pattern: str) -> tuple[Found, ...]:
         StorageFailed: it cannot be reached.
     """
     fixed, parts = split_pattern(pattern)
-    place = parse_location(fixed)
-    if place.kind == HUB:
+    if fixed.startswith(f"{HUB}://"):
         raise refuse("batch-source", "the Hub cannot be searched", file=pattern, way_out="name each repository")
+    place = parse_location(fixed)
     paths = _folders_on_disk(place, parts) if place.kind == LOCAL else _folders_by_listing(place, parts)
     prefix = str(place).rstrip("/")
     return tuple(
