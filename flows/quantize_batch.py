@@ -219,7 +219,13 @@ def _convert(request: BatchRequest, items: Sequence[_Item]) -> Iterator[tuple[_I
     if not children:
         return
     if request.deployment and is_served():
-        made = Deployment(request.deployment, request.max_parallel, _own_id(), _destination)
+        made = Deployment(
+            name=request.deployment,
+            max_parallel=request.max_parallel,
+            parent=UUID(flow_run.id) if flow_run.id else None,
+            attempt=flow_run.run_count or 0,
+            key_of=_destination,
+        )
         with closing(made.map(children)) as ended:
             for child, end in ended:
                 yield by_key[child.key], end
@@ -230,10 +236,6 @@ def _convert(request: BatchRequest, items: Sequence[_Item]) -> Iterator[tuple[_I
 
 def _call(request: QuantizeRequest) -> State[Any]:
     return quantize_checkpoint(request, return_state=True)
-
-
-def _own_id() -> UUID | None:
-    return UUID(flow_run.id) if flow_run.id else None
 
 
 def _destination(parameters: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from uuid import UUID
 
+import httpx
 import pytest
 import torch
 import yaml
@@ -380,6 +381,28 @@ def test_a_batch_that_is_stopped_cancels_the_runs_at_work(
     assert sorted(state.name or "" for state in left if state) == ["Cancelled", "Cancelling"]
 
 
+def test_a_server_that_is_away_for_a_while_costs_only_time(
+    ask: AskBatch, deployment: str, hand: Hand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The request to make a run arrives, its reply does not: asked again, the server makes no second one."""
+    lost: list[object] = []
+
+    def lose_replies(*args: Any, **kwargs: Any) -> FlowRun:
+        made = run_deployment(*args, **kwargs)
+        if len(lost) < 2:
+            lost.append(made)
+            raise httpx.ReadError("connection lost")
+        return made
+
+    monkeypatch.setattr(children, "run_deployment", lose_replies)
+    state = quantize_batch(ask(deployment=deployment, max_parallel=1), return_state=True)
+    assert state.is_completed()
+    assert hand.most == 1
+    with get_client(sync_client=True) as client:
+        chosen = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[run_id(state)]))
+        assert len(client.read_flow_runs(flow_run_filter=chosen)) == 3
+
+
 def test_another_attempt_waits_for_runs_that_are_still_at_work(deployment: str, hand: Hand, ask: AskBatch) -> None:
     """The run of the batch was killed, its children were not."""
     asked = ask(sources=["/models/a"], deployment=deployment)
@@ -392,7 +415,13 @@ def test_another_attempt_waits_for_runs_that_are_still_at_work(deployment: str, 
         from prefect.runtime import flow_run
 
         run_deployment(deployment, parameters={"request": request}, timeout=0, as_subflow=True)
-        made = Deployment(deployment, 1, UUID(flow_run.id or ""), lambda given: str(given["request"]["destination"]))
+        made = Deployment(
+            name=deployment,
+            max_parallel=1,
+            parent=UUID(flow_run.id or ""),
+            attempt=2,
+            key_of=lambda given: str(given["request"]["destination"]),
+        )
         ended = [end.run for _, end in made.map([child])]
         with get_client(sync_client=True) as client:
             chosen = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[UUID(flow_run.id or "")]))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from uuid import UUID
 
 import httpx
@@ -20,8 +20,10 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelled, Cancelling
 
+from shardmill.core.digest import digest_json
 from shardmill.errors import DeploymentInvalid, Problem
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 POLL_SECONDS: Final = 2.0
 _PATIENCE_SECONDS: Final = 120.0
@@ -78,6 +80,8 @@ class Deployment:
     max_parallel: int
     parent: UUID | None
     """The run of the batch."""
+    attempt: int
+    """Of that run; another one makes new runs of what failed."""
     key_of: Callable[[Mapping[str, Any]], str]
     """The key of a child by its parameters."""
     _running: dict[UUID, Child] = field(default_factory=dict, init=False)
@@ -139,8 +143,15 @@ class Deployment:
         return [run for run in found if run.state is not None and not run.state.is_final()]
 
     def _start(self, child: Child) -> None:
-        run = run_deployment(
-            self.name, parameters=dict(child.parameters), flow_run_name=child.label, timeout=0, as_subflow=True
+        run = _patiently(
+            lambda: run_deployment(
+                self.name,
+                parameters=dict(child.parameters),
+                flow_run_name=child.label,
+                timeout=0,
+                as_subflow=True,
+                idempotency_key=digest_json([str(self.parent), self.attempt, child.key]),  # a reply may be lost
+            )
         )
         if not isinstance(run, FlowRun):
             raise TypeError(f"expected a flow run, found {run!r}")
@@ -165,17 +176,9 @@ class Deployment:
                 log.warning("%s waits for a worker since %.0f s; is one started?", self._running[run.id].label, seconds)
 
     def _look(self, client: SyncPrefectClient) -> list[FlowRun]:
-        """The runs at work, as the server knows them; one that is away for a while costs nothing but time."""
+        """The runs at work, as the server knows them."""
         chosen = FlowRunFilter(id=FlowRunFilterId(any_=list(self._running)))
-        deadline = time.monotonic() + _OUTAGE_SECONDS
-        while True:
-            try:
-                return client.read_flow_runs(flow_run_filter=chosen, limit=_LIMIT)
-            except httpx.HTTPError as error:
-                if time.monotonic() > deadline:
-                    raise
-                log.warning("the server does not answer (%s); runs go on", type(error).__name__)
-                _sleep(POLL_SECONDS)
+        return _patiently(lambda: client.read_flow_runs(flow_run_filter=chosen, limit=_LIMIT))
 
     def _cancel(self, client: SyncPrefectClient) -> None:
         """Ask every run at work to stop; there may be little time, so nothing is waited for."""
@@ -185,6 +188,19 @@ class Deployment:
                 is_begun = state is not None and state.type not in (StateType.SCHEDULED, StateType.PENDING)
                 message = "the batch was stopped"
                 client.set_flow_run_state(run, Cancelling(message=message) if is_begun else Cancelled(message=message))
+
+
+def _patiently(call: Callable[[], T]) -> T:
+    """Ask a server that may be away for a while, which costs nothing but time."""
+    deadline = time.monotonic() + _OUTAGE_SECONDS
+    while True:
+        try:
+            return call()
+        except httpx.TransportError as error:
+            if time.monotonic() > deadline:
+                raise
+            log.warning("the server does not answer (%s); runs go on", type(error).__name__)
+            _sleep(POLL_SECONDS)
 
 
 def in_turn(children: Iterable[Child], call: Callable[[Child], State[Any]]) -> Iterator[tuple[Child, Ended]]:
