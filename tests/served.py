@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -65,3 +66,9 @@ def library_lines(flow_run_id: UUID, wanted: str, count: int) -> list[tuple[str,
             return found
         assert time.monotonic() < deadline, f"expected {wanted!r} in the log, found {found}"
         time.sleep(0.2)
+
+
+def left_behind(folder: Path) -> list[str]:
+    """Temporary files, partial folders and claims."""
+    marks = (".tmp", ".shardmill-claim")
+    return [str(path) for path in folder.rglob("*") if path.name.endswith(marks) or ".partial-" in path.name]

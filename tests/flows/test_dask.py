@@ -18,7 +18,7 @@ from distributed import Client, LocalCluster
 from prefect.settings import PREFECT_API_URL, PREFECT_LOCAL_STORAGE_PATH
 
 import checkpoints
-from served import Ask, artifacts, library_lines, run_id, states
+from served import Ask, artifacts, left_behind, library_lines, run_id, states
 from shardmill.core.recipe import uniform
 from shardmill.errors import ExecutorInvalid, ShardFailures, WorkerLost
 from shardmill.flows.quantize_checkpoint import quantize_checkpoint
@@ -130,11 +130,6 @@ def notes(tmp_path: Path) -> Notes:
 def many(tmp_path: Path) -> Path:
     weights = [{f"model.layers.{n}.mlp.down_proj.weight": checkpoints.gaussian(n, 64, 128)} for n in range(SHARDS)]
     return checkpoints.write(tmp_path / "many", weights)
-
-
-def left_behind(folder: Path) -> list[str]:
-    marks = (".tmp", ".shardmill-claim")
-    return [str(path) for path in folder.rglob("*") if path.name.endswith(marks) or ".partial-" in path.name]
 
 
 def files(folder: Path) -> dict[str, bytes]:

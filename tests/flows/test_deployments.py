@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 import yaml
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.client.schemas.objects import ConcurrencyLimitStrategy, FlowRun
+from prefect.client.schemas.objects import ConcurrencyLimitStrategy
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelling
@@ -27,24 +18,7 @@ from prefect.states import Cancelling
 import checkpoints
 from served import Ask
 from shardmill.flows.quantize_checkpoint import quantize_checkpoint
-
-ROOT = Path(__file__).resolve().parents[2]
-FILE = ROOT / "deployments" / "prefect.yaml"
-POOL = "shardmill-cpu"
-
-
-def prefect(*arguments: str, api_url: str, cwd: Path) -> None:
-    """Run the command line of Prefect."""
-    command = [sys.executable, "-P", "-m", "prefect", "--no-prompt", *arguments]
-    done = subprocess.run(
-        command, check=False, capture_output=True, text=True, cwd=cwd, env=os.environ | {"PREFECT_API_URL": api_url}
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def deploy(api_url: str, cwd: Path) -> None:
-    """Deploy from a folder that is not the repository."""
-    prefect("deploy", "--all", "--prefect-file", str(FILE), api_url=api_url, cwd=cwd)
+from workers import FILE, POOL, Service, deploy, end_of, serving, shard_runs, start, state_of, wait_until
 
 
 def test_workers_pull_nothing() -> None:
@@ -78,108 +52,41 @@ def test_it_deploys_and_the_server_refuses_bad_parameters(tmp_path: Path, ask: A
 # ---- a real server and a real worker ----------------------------------------------------------------------------
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_until(what: str, is_so: Callable[[], Any], seconds: float = 180) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := is_so()):
-        assert time.monotonic() < deadline, f"waited in vain: {what}"
-        time.sleep(0.2)
-    return found
-
-
-@contextmanager
-def running(arguments: list[str], log: Path, environment: dict[str, str], cwd: Path) -> Iterator[None]:
-    """A Prefect process and all it starts, as long as the block lasts."""
-    command = [sys.executable, "-P", "-m", "prefect", *arguments]
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, cwd=cwd, start_new_session=True)
-    try:
-        yield
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health").status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
 @pytest.fixture(scope="module")
-def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server with the deployment, a pool and a worker; the URL of its API."""
-    home, port = tmp_path_factory.mktemp("served"), free_port()
-    url = f"http://127.0.0.1:{port}/api"
-    environment = os.environ | {
-        "PREFECT_HOME": str(home),
-        "PREFECT_LOCAL_STORAGE_PATH": str(home / "records"),
-        "PREFECT_API_URL": url,
-        "PREFECT_WORKER_QUERY_SECONDS": "1",
-    }
-    with running(["server", "start", "--port", str(port)], home / "server.log", environment, home):
-        wait_until("the server answers", lambda: answers(url))
-        prefect("work-pool", "create", "--type", "process", POOL, api_url=url, cwd=home)
-        deploy(url, home)
-        with running(["worker", "start", "--pool", POOL], home / "worker.log", environment, home):
-            yield url
-
-
-def start(client: SyncPrefectClient, request: dict[str, Any]) -> FlowRun:
-    deployment = client.read_deployment_by_name("quantize-checkpoint/cpu")
-    return client.create_flow_run_from_deployment(deployment.id, parameters={"request": request})
-
-
-def state_of(client: SyncPrefectClient, run: FlowRun) -> str:
-    state = client.read_flow_run(run.id).state
-    return state.name or "" if state else ""
-
-
-def run_to_its_end(client: SyncPrefectClient, request: dict[str, Any]) -> FlowRun:
-    run = start(client, request)
-    wait_until("the run ends", lambda: state_of(client, run) in ("Completed", "Failed", "Crashed"))
-    assert state_of(client, run) == "Completed"
-    return run
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A server with the deployment, and a worker."""
+    with serving(tmp_path_factory.mktemp("served")) as found, found.worker():
+        yield found
 
 
 @pytest.mark.slow
 def test_a_worker_runs_the_deployment_twice_and_the_second_time_all_is_cached(
-    worker: str, ask: Ask, tmp_path: Path
+    service: Service, ask: Ask, tmp_path: Path
 ) -> None:
     time.sleep(2.1)  # the worker does not remember digests of younger files
-    with SyncPrefectClient(worker) as client:
-        run_to_its_end(client, ask(destination=str(tmp_path / "a")).model_dump())
-        again = run_to_its_end(client, ask(destination=str(tmp_path / "b")).model_dump())
+    with service.client as client:
+        first = start(client, ask(destination=str(tmp_path / "a")).model_dump())
+        assert end_of(client, first) == "Completed"
+        again = start(client, ask(destination=str(tmp_path / "b")).model_dump())
+        assert end_of(client, again) == "Completed"
 
         def shard_states() -> list[str]:
-            chosen = FlowRunFilter(id=FlowRunFilterId(any_=[again.id]))
-            runs = client.read_task_runs(flow_run_filter=chosen)
-            return [run.state.name or "" for run in runs if run.name.startswith("quantize") and run.state]
+            return [run.state.name or "" for run in shard_runs(client, again) if run.state]
 
         wait_until("four shards are cached", lambda: shard_states() == ["Cached"] * 4)
     assert (tmp_path / "a" / "shardmill.json").read_bytes() == (tmp_path / "b" / "shardmill.json").read_bytes()
 
 
 @pytest.mark.slow
-def test_cancelling_stops_a_run_that_is_at_work(worker: str, ask: Ask, tmp_path: Path) -> None:
+def test_cancelling_stops_a_run_that_is_at_work(service: Service, ask: Ask, tmp_path: Path) -> None:
     weights = {f"model.layers.{n}.mlp.down_proj.weight": checkpoints.gaussian(n, 2048, 8192) for n in range(40)}
     source = checkpoints.write(tmp_path / "large", checkpoints.deal(weights, 8))
     request = ask(source=str(source), scheme="NVFP4A16", workers=2).model_dump()
     blobs = tmp_path / ".shardmill" / "blobs"
-    with SyncPrefectClient(worker) as client:
+    with service.client as client:
         run = start(client, request)
         wait_until("a shard is being written", lambda: any(blobs.glob(".shardmill-*.tmp")))
-        client.set_flow_run_state(run.id, Cancelling())
+        client.set_flow_run_state(run, Cancelling())
         wait_until("the run is cancelled", lambda: state_of(client, run) == "Cancelled", 60)
     assert list(blobs.glob(".shardmill-*.tmp")) == []
     assert not (tmp_path / "result").exists()

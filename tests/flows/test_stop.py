@@ -16,16 +16,10 @@ from typing import Any
 import pytest
 from prefect.settings import PREFECT_API_URL, PREFECT_LOCAL_STORAGE_PATH
 
-from served import Ask
+from served import Ask, left_behind
 from shardmill.errors import Interrupted
 from shardmill.flows.quantize_checkpoint import quantize_checkpoint
 from shardmill.storage.local import FileWriter
-
-
-def left_behind(folder: Path) -> list[str]:
-    """Temporary files, partial folders and claims."""
-    marks = (".tmp", ".shardmill-claim")
-    return [str(path) for path in folder.rglob("*") if path.name.endswith(marks) or ".partial-" in path.name]
 
 
 @pytest.fixture

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
+import select
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import IO, Any, Final, cast
 
 from prefect.context import FlowRunContext, TaskRunContext
-from prefect.logging.handlers import APILogHandler
+from prefect.logging.handlers import APILogHandler, PrefectConsoleHandler
 
 
 class _RunLogHandler(APILogHandler):
@@ -32,6 +34,7 @@ def library_logs() -> Iterator[None]:
 
     One handler serves all runs and tasks of a process, so that no line is sent twice.
     """
+    outlive_reader()
     logger = logging.getLogger("shardmill")
     with _users_lock:
         _users.append(_users[0] if _users else logger.level)
@@ -46,3 +49,51 @@ def library_logs() -> Iterator[None]:
             if not _users:
                 logger.removeHandler(_handler)
                 logger.setLevel(level)
+
+
+class _LastingOutput:
+    """A stream that can be written to when nobody reads it any more."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, or drop the text where the reader is gone."""
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            drop_unread_output(self._stream.fileno())
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush, or drop what is left where the reader is gone."""
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            drop_unread_output(self._stream.fileno())
+
+
+def outlive_reader() -> None:
+    """Let this process go on when whoever reads its output dies, as a worker does that is killed.
+
+    Prefect's console would end the process at the next line it logs. It logs after the flow has returned as well, so
+    this is for good.
+    """
+    names = logging.root.manager.loggerDict
+    for handler in {found for name in names for found in logging.getLogger(name).handlers}:
+        if isinstance(handler, PrefectConsoleHandler) and not isinstance(handler.console.file, _LastingOutput):
+            handler.console.file = cast("IO[str]", _LastingOutput(handler.console.file))
+
+
+def drop_unread_output(*more: int) -> None:
+    """Lead standard output, standard error and further descriptors to nowhere, if they are pipes that nobody reads."""
+    unread = select.poll()
+    for fd in {1, 2, *more}:
+        unread.register(fd, 0)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for fd, _ in unread.poll(0):
+        os.dup2(nowhere, fd)
+    os.close(nowhere)
