@@ -12,7 +12,7 @@ A request body is held in memory while it is handed on.
 What `Rule.do` may say:
 
     before the server sees the request
-      status          answer `status` with an S3 error body whose code is `code`
+      status          answer `status` with an S3 error body of `code` and `message`
       reset           TCP reset instead of an answer
       reset_upload    TCP reset after `at` bytes of the request body, or at its end
       hang            no answer for `seconds`, then a reset
@@ -79,6 +79,7 @@ class Rule:
     """Fires so often at most."""
     status: int = 503
     code: str = "SlowDown"
+    message: str = "injected fault"
     at: int = 0
     seconds: float = 30.0
     rate: int = 1 << 20
@@ -254,7 +255,7 @@ async def _go_wrong_before(request: web.Request, rule: Rule) -> web.Response | N
     """Faults that come before the server sees the request; None if it still has to."""
     if rule.do == "status":
         await request.read()
-        return error_reply(rule.status, rule.code)
+        return error_reply(rule.status, rule.code, rule.message)
     if rule.do == "reset_upload":
         received = 0
         async for chunk in request.content.iter_chunked(CHUNK):
