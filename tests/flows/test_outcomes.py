@@ -175,13 +175,11 @@ def expected(large: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 @pytest.fixture(scope="module")
 def table() -> Iterator[list[str]]:
     """Rows to print when all cases are through."""
-    rows = [
-        "| what happened | state | after s | flow gone after s | then | Completed after s "
-        "| finished | redone | left over |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    columns = ("what happened", "state", "after s", "flow gone after s", "then", "Completed after s")
+    rows: list[str] = []
     yield rows
-    print("", *rows, sep="\n")
+    print(f"\n| {' | '.join((*columns, 'finished', 'redone', 'left over'))} |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |", *rows, sep="\n")
 
 
 def files(folder: Path) -> dict[str, bytes]:

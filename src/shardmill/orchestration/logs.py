@@ -82,8 +82,8 @@ def outlive_reader() -> None:
     Prefect's console would end the process at the next line it logs. It logs after the flow has returned as well, so
     this is for good.
     """
-    names = logging.root.manager.loggerDict
-    for handler in {found for name in names for found in logging.getLogger(name).handlers}:
+    loggers = list(logging.root.manager.loggerDict.values())  # at once: other threads may add some
+    for handler in (found for logger in loggers for found in getattr(logger, "handlers", ())):
         if isinstance(handler, PrefectConsoleHandler) and not isinstance(handler.console.file, _LastingOutput):
             handler.console.file = cast("IO[str]", _LastingOutput(handler.console.file))
 
