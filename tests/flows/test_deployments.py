@@ -31,6 +31,10 @@ from shardmill.flows.quantize_checkpoint import quantize_checkpoint
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "deployments" / "prefect.yaml"
 POOL = "shardmill-cpu"
+POOLS = (POOL, "shardmill-gpu", "shardmill-batch")
+SPECIFICATION: dict[str, Any] = yaml.safe_load(FILE.read_text())
+CHECKPOINT = "shardmill.flows.quantize_checkpoint.quantize_checkpoint"
+BATCH = "shardmill.flows.quantize_batch.quantize_batch"
 
 
 def prefect(*arguments: str, api_url: str, cwd: Path) -> None:
@@ -48,12 +52,34 @@ def deploy(api_url: str, cwd: Path) -> None:
 
 
 def test_workers_pull_nothing() -> None:
-    assert yaml.safe_load(FILE.read_text())["pull"] == []
+    assert SPECIFICATION["pull"] == []
+
+
+def test_a_batch_shares_no_slot_with_the_runs_that_it_waits_for() -> None:
+    pools: dict[str, set[str]] = {CHECKPOINT: set(), BATCH: set()}
+    for deployment in SPECIFICATION["deployments"]:
+        pools[deployment["entrypoint"]].add(deployment["work_pool"]["name"])
+
+    assert pools == {CHECKPOINT: {POOL, "shardmill-gpu"}, BATCH: {"shardmill-batch"}}
+    # Limits of deployments are their own, and no deployment starts its like.
+    children = [deployment.get("parameters", {}) for deployment in SPECIFICATION["deployments"]]
+    asked = {child["request"]["deployment"] for child in children if child}
+    assert asked == {"quantize-checkpoint/gpu"}
+
+
+def test_nightly_schedules_wait_to_be_switched_on() -> None:
+    schedules = [
+        schedule for deployment in SPECIFICATION["deployments"] for schedule in deployment.get("schedules", ())
+    ]
+
+    assert {(schedule["slug"], schedule["active"]) for schedule in schedules} == {("nightly", False)}
+    assert len(schedules) == 2
 
 
 def test_it_deploys_and_the_server_refuses_bad_parameters(tmp_path: Path, ask: Ask) -> None:
     with get_client(sync_client=True) as client:
-        client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
+        for pool in POOLS:
+            client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
 
         deploy(PREFECT_API_URL.value() or "", tmp_path)
 
@@ -73,6 +99,13 @@ def test_it_deploys_and_the_server_refuses_bad_parameters(tmp_path: Path, ask: A
             assert "Validation failed" in caught.value.response.text
             assert field in caught.value.response.text
         assert client.create_flow_run_from_deployment(found.id, parameters={"request": good}).deployment_id == found.id
+
+        batch = client.read_deployment_by_name("quantize-batch/gpu")
+        assert batch.work_pool_name == "shardmill-batch"
+        assert [(schedule.slug, schedule.active) for schedule in batch.schedules] == [("nightly", False)]
+        nightly = batch.schedules[0].parameters["request"]
+        assert nightly["destination"] == "/models/quantized/{name}-{scheme}"
+        assert client.create_flow_run_from_deployment(batch.id, parameters={"request": nightly}).parameters["request"]
 
 
 # ---- a real server and a real worker ----------------------------------------------------------------------------
@@ -129,7 +162,8 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     }
     with running(["server", "start", "--port", str(port)], home / "server.log", environment, home):
         wait_until("the server answers", lambda: answers(url))
-        prefect("work-pool", "create", "--type", "process", POOL, api_url=url, cwd=home)
+        for pool in POOLS:
+            prefect("work-pool", "create", "--type", "process", pool, api_url=url, cwd=home)
         deploy(url, home)
         with running(["worker", "start", "--pool", POOL], home / "worker.log", environment, home):
             yield url
