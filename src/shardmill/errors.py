@@ -6,6 +6,7 @@
     │   ├── CheckpointInvalid             index, header, config or file of the source
     │   ├── DestinationInvalid            the destination cannot take this result
     │   ├── ExecutorInvalid               the chosen executor cannot work as it is asked to
+    │   ├── DeploymentInvalid             a file, choice or pool for a Prefect server
     │   └── NonFiniteWeight               NaN or Inf in a tensor that is to be quantized
     ├── SourceChanged                     the source changed between plan and read
     ├── DeviceExhausted                   an accelerator has no room for even the smallest row block
@@ -15,6 +16,7 @@
     │   ├── FileTooLarge                  a file that is read whole is above its limit
     │   └── StorageUnavailable            it may succeed a little later: connection, server error, timeout
     │       └── TransferDamaged           bytes do not have the digest that is known of them
+    ├── ServerFailed                      a Prefect server does not answer, or not as it should
     ├── ShardFailures                     some shards failed; the others are in the store
     ├── Interrupted                       stopped on request; finished shards stay in the store
     └── VerificationFailed                `verify` found differences
@@ -97,6 +99,10 @@ class ExecutorInvalid(Refused):
     """The chosen executor cannot work as it is asked to."""
 
 
+class DeploymentInvalid(Refused):
+    """A file for a Prefect server is refused, or what it asks for cannot be had there."""
+
+
 class NonFiniteWeight(Refused):
     """A tensor that is to be quantized holds NaN or Inf."""
 
@@ -134,6 +140,10 @@ class DeviceExhausted(ShardmillError):
 
 class WorkerLost(ShardmillError):
     """The process that worked on a shard died, again and again; other shards are not affected."""
+
+
+class ServerFailed(ShardmillError):
+    """A Prefect server does not answer, does not let us in, or fails."""
 
 
 class Interrupted(ShardmillError):
