@@ -145,7 +145,7 @@ class Provision:
 
     def _pool(self, pool: Pool) -> Change:
         name, found = pool.form.name, self._found_pool(pool.form.name)
-        wanted = {
+        wanted: dict[str, Any] = {
             "description": pool.form.description,
             "concurrency_limit": pool.form.concurrency_limit,
             "base_job_template": dict(pool.template),
@@ -257,6 +257,7 @@ def silent_runs(flow_names: tuple[str, ...], heartbeat_seconds: int) -> Automati
                 state=StateType.CRASHED,
                 name="Crashed",
                 message="No heartbeat: the process and its worker are gone. Retry goes on where it was.",
+                force=False,
             )
         ],
     )
