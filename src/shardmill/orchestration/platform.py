@@ -23,8 +23,17 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from shardmill.errors import DeploymentInvalid, Problem
 
-FILE_NAMES: Final = ("platform.yaml", "prefect.yaml", "pool-process.json", "pool-docker.json", "pool-kubernetes.json")
-"""What a folder of one's own holds."""
+FILE_NAMES: Final = (
+    "README.md",
+    "platform.yaml",
+    "pool-docker.json",
+    "pool-kubernetes.json",
+    "pool-process.json",
+    "prefect.yaml",
+    "shardmill-server.service",
+    "shardmill-worker@.service",
+)
+"""What a folder of one's own holds; the README and the units are for people."""
 HEARTBEAT_VARIABLE: Final = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
 LEAST_HEARTBEAT_SECONDS: Final = 30
 """Prefect sends no quicker heartbeats."""
