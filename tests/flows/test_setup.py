@@ -21,6 +21,7 @@ from prefect.client.schemas.actions import (
 )
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.events.schemas.automations import AutomationCore, EventTrigger
+from prefect.events.schemas.events import ResourceSpecification
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from shardmill import __version__
@@ -344,7 +345,7 @@ def test_any_event_of_a_run_is_a_sign_of_life_and_only_our_flows_are_looked_afte
 
     assert isinstance(trigger, EventTrigger)
     assert platform.flow_names == ("quantize-batch", "quantize-checkpoint")
-    assert trigger.match_related == type(trigger.match_related)(
+    assert trigger.match_related == ResourceSpecification(
         {"prefect.resource.role": ["flow"], "prefect.resource.name": ["quantize-batch", "quantize-checkpoint"]}
     )
     assert trigger.expect == {"prefect.flow-run.*"}  # also Suspended, TimedOut and names of later releases

@@ -51,7 +51,12 @@ def test_a_machine_without_devices_has_no_worker_for_all_of_them(
 
 def test_each_device_has_a_worker_that_takes_one_run_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Worker] = []
-    monkeypatch.setattr(worker, "watch", lambda these: found.extend(these) or 0)
+
+    def record(these: list[Worker]) -> int:
+        found.extend(these)
+        return 0
+
+    monkeypatch.setattr(worker, "watch", record)
     monkeypatch.delenv(VISIBLE, raising=False)
 
     assert worker.main(["--devices", "0,1", "--name", "box"]) == 0
@@ -113,7 +118,7 @@ def test_a_worker_that_dies_is_started_again_and_all_stop_when_asked(tmp_path: P
 
 def test_a_worker_that_fails_at_once_is_started_ever_more_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr(worker.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     (one,) = [Worker(command=(sys.executable, "-c", ""), environment=os.environ) for _ in workers("p", "n", ())]
     pauses = []
     for _ in range(8):
