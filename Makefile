@@ -3,9 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# Tools see `flows/` and `tasks/` inside the package through a throwaway tree of links.
+# Tools see `flows/`, `tasks/` and `deployments/` inside the package through a throwaway tree of links.
 LINKS := build/lint
-SCRIPTS = $(shell find deployments -name '*.py')
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-all coverage bench bench-kernels bench-buckets bench-executors check lint types layers link-tree goldens clean
@@ -55,7 +54,7 @@ lint: .venv/stamp
 
 types: .venv/stamp link-tree
 	MYPYPATH=$(LINKS) $(BIN)/mypy -p shardmill
-	MYPYPATH=$(LINKS):tests $(BIN)/mypy tests $(SCRIPTS)
+	MYPYPATH=$(LINKS):tests $(BIN)/mypy tests
 
 layers: .venv/stamp link-tree
 	PYTHONPATH=$(LINKS) $(BIN)/lint-imports --cache-dir build/import-linter
@@ -63,7 +62,7 @@ layers: .venv/stamp link-tree
 link-tree:
 	rm -rf $(LINKS)
 	mkdir -p $(LINKS)/shardmill
-	ln -s $(CURDIR)/src/shardmill/* $(CURDIR)/flows $(CURDIR)/tasks $(LINKS)/shardmill/
+	ln -s $(CURDIR)/src/shardmill/* $(CURDIR)/flows $(CURDIR)/tasks $(CURDIR)/deployments $(LINKS)/shardmill/
 
 goldens: .venv/stamp  ## write the golden files anew; read the difference before you keep it
 	$(BIN)/pytest --update-goldens
@@ -73,7 +72,7 @@ clean:  ## remove environments, caches and builds
 
 .venv/stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench,dask,demo,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench,dask,demo,dev,docker,kubernetes]'
 	touch $@
 
 .venv-%/stamp: tests/reference/constraints-%.txt

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ FRONT_DOOR = {
     "split_fused_moe_experts",
     "validate_file",
 }
+
+# Folders of the repository, and where each is installed inside the package.
+HOMES = {"src/shardmill": "", "flows": "flows", "tasks": "tasks", "deployments": "deployments"}
 
 # Import names of dependencies whose distribution is called otherwise.
 IMPORT_NAMES = {
@@ -73,7 +77,7 @@ def top_names(modules: set[str]) -> set[str]:
 
 def folders_of_packages() -> set[str]:
     found = {"shardmill"}
-    for home, prefix in [("src/shardmill", ""), ("flows", "flows"), ("tasks", "tasks")]:
+    for home, prefix in HOMES.items():
         for init in (ROOT / home).rglob("__init__.py"):
             parts = [part for part in (prefix, *init.parent.relative_to(ROOT / home).parts) if part]
             found.add(".".join(["shardmill", *parts]))
@@ -85,15 +89,37 @@ def test_every_package_of_the_tree_is_installed_and_nothing_else() -> None:
 
 
 def test_every_folder_with_code_is_a_package() -> None:
-    homes = [ROOT / "src" / "shardmill", ROOT / "flows", ROOT / "tasks"]
-    folders = {file.parent for home in homes for file in home.rglob("*.py")}
+    folders = {file.parent for home in HOMES for file in (ROOT / home).rglob("*.py")}
 
     assert {folder for folder in folders if not (folder / "__init__.py").exists()} == set()
 
 
 def test_types_are_announced() -> None:
     assert (ROOT / "src" / "shardmill" / "py.typed").exists()
-    assert SETTINGS["package-data"] == {"shardmill": ["py.typed"]}
+    assert SETTINGS["package-data"]["shardmill"] == ["py.typed"]
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_every_file_of_every_folder_once(tmp_path: Path) -> None:
+    """What `pip install` gets: deployment files, too, since `shardmill setup` reads them."""
+    home = tmp_path / "clone"
+    ignored = shutil.ignore_patterns(".venv*", ".git", "build", "*.egg-info", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, home, ignore=ignored)
+    command = [sys.executable, "-P", "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(home)]
+    subprocess.run(command, check=True, capture_output=True)
+
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+
+    inside = [name for name in names if ".dist-info/" not in name]
+    wanted = {
+        "/".join(filter(None, ("shardmill", target, file.relative_to(ROOT / source).as_posix())))
+        for source, target in HOMES.items()
+        for file in (ROOT / source).rglob("*")
+        if file.is_file() and "__pycache__" not in file.parts
+    }
+    assert sorted(inside) == sorted(wanted)
+    assert {f"shardmill/deployments/{name}" for name in ("platform.yaml", "prefect.yaml", "pool-docker.json")} <= wanted
 
 
 def test_the_front_door_is_pinned() -> None:
@@ -170,7 +196,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the package with flows and tasks inside, as it is installed."""
     home = tmp_path_factory.mktemp("tree")
     shutil.copy(ROOT / "pyproject.toml", home)
-    for source, target in [("src/shardmill", "."), ("flows", "flows"), ("tasks", "tasks")]:
+    for source, target in HOMES.items():
         shutil.copytree(
             ROOT / source, home / "shardmill" / target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
         )

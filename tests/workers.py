@@ -25,6 +25,7 @@ from prefect.client.schemas.objects import TaskRun
 ROOT: Final = Path(__file__).resolve().parents[1]
 FILE: Final = ROOT / "deployments" / "prefect.yaml"
 POOL: Final = "shardmill-cpu"
+POOLS: Final = (POOL, "shardmill-gpu", "shardmill-batch")
 DEPLOYMENT: Final = "quantize-checkpoint/cpu"
 ENDS: Final = frozenset({"Completed", "Failed", "Crashed", "Cancelled"})
 """Names of the states in which a run stays until somebody asks for more."""
@@ -71,10 +72,10 @@ def answers(url: str) -> bool:
 
 @contextmanager
 def running(
-    arguments: list[str], log: Path, environment: Mapping[str, str], cwd: Path
+    arguments: list[str], log: Path, environment: Mapping[str, str], cwd: Path, module: str = "prefect"
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A Prefect process, as long as the block lasts; what it says is added to a file."""
-    command = [sys.executable, "-P", "-m", "prefect", *arguments]
+    """A process and all it starts, as long as the block lasts; what it says is added to a file."""
+    command = [sys.executable, "-P", "-m", module, *arguments]
     with log.open("ab") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, cwd=cwd, start_new_session=True)
     try:
@@ -104,9 +105,9 @@ class Service:
         return SyncPrefectClient(self.url)
 
     @contextmanager
-    def worker(self, name: str = "worker", **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-        """A worker of the pool, as long as the block lasts, or until somebody kills it."""
-        arguments = ["worker", "start", "--pool", POOL, "--name", name]
+    def worker(self, name: str = "worker", pool: str = POOL, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+        """A worker of a pool, as long as the block lasts, or until somebody kills it."""
+        arguments = ["worker", "start", "--pool", pool, "--name", name]
         log = self.home / f"{name}.log"
         with running(arguments, log, dict(self.environment) | environment, self.home) as process:
             yield process
@@ -143,7 +144,8 @@ def serving(home: Path, **environment: str) -> Iterator[Service]:
     try:
         with running(["server", "start", "--port", str(port)], home / "server.log", service.environment, home):
             wait_until("the server answers", lambda: answers(url))
-            prefect("work-pool", "create", "--type", "process", POOL, api_url=url, cwd=home)
+            for pool in POOLS:
+                prefect("work-pool", "create", "--type", "process", pool, api_url=url, cwd=home)
             deploy(url, home)
             yield service
     finally:
@@ -151,10 +153,10 @@ def serving(home: Path, **environment: str) -> Iterator[Service]:
             process.kill()
 
 
-def start(client: SyncPrefectClient, request: Mapping[str, Any]) -> UUID:
-    """Ask for a run of the deployment."""
-    deployment = client.read_deployment_by_name(DEPLOYMENT)
-    return client.create_flow_run_from_deployment(deployment.id, parameters={"request": dict(request)}).id
+def start(client: SyncPrefectClient, request: Mapping[str, Any], deployment: str = DEPLOYMENT) -> UUID:
+    """Ask for a run of a deployment."""
+    found = client.read_deployment_by_name(deployment)
+    return client.create_flow_run_from_deployment(found.id, parameters={"request": dict(request)}).id
 
 
 def state_of(client: SyncPrefectClient, run: UUID) -> str:

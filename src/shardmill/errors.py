@@ -6,7 +6,7 @@
     │   ├── CheckpointInvalid             index, header, config or file of the source
     │   ├── DestinationInvalid            the destination cannot take this result
     │   ├── ExecutorInvalid               the chosen executor cannot work as it is asked to
-    │   ├── DeploymentInvalid             the server has no such deployment
+    │   ├── DeploymentInvalid             what a Prefect server is to have, or to run, cannot be had there
     │   └── NonFiniteWeight               NaN or Inf in a tensor that is to be quantized
     ├── SourceChanged                     the source changed between plan and read
     ├── DeviceExhausted                   an accelerator has no room for even the smallest row block
@@ -16,6 +16,7 @@
     │   ├── FileTooLarge                  a file that is read whole is above its limit
     │   └── StorageUnavailable            it may succeed a little later: connection, server error, timeout
     │       └── TransferDamaged           bytes do not have the digest that is known of them
+    ├── ServerFailed                      a Prefect server does not answer, or not as it should
     ├── ShardFailures                     some shards failed; the others are in the store
     ├── BatchFailures                     some checkpoints of a batch failed; the others are converted
     ├── Interrupted                       stopped on request; finished shards stay in the store
@@ -101,7 +102,7 @@ class ExecutorInvalid(Refused):
 
 
 class DeploymentInvalid(Refused):
-    """The server has no deployment of this name."""
+    """What a Prefect server is to have, or to run, cannot be had there."""
 
 
 class NonFiniteWeight(Refused):
@@ -141,6 +142,10 @@ class DeviceExhausted(ShardmillError):
 
 class WorkerLost(ShardmillError):
     """The process that worked on a shard died, again and again; other shards are not affected."""
+
+
+class ServerFailed(ShardmillError):
+    """A Prefect server does not answer, does not let us in, or fails."""
 
 
 class Interrupted(ShardmillError):

@@ -15,7 +15,7 @@ import sys
 import threading
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -411,20 +411,24 @@ def test_a_damaged_blob_is_a_warned_miss(source: Path, tmp_path: Path, capsys: p
     assert logging.getLogger("shardmill").handlers == []
 
 
-# ---- demo -------------------------------------------------------------------------------------------------------
+# ---- commands in a process of their own -------------------------------------------------------------------------
 
 
-def test_demo_runs_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[list[str]] = []
+@pytest.mark.parametrize("command", ["demo", "setup", "worker"])
+def test_some_commands_become_a_process_of_their_own(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    class Replaced(BaseException):
+        """A process that is replaced does not come back."""
 
-    def record(command: list[str], *, check: bool) -> subprocess.CompletedProcess[bytes]:
-        assert not check
-        seen.append(command)
-        return subprocess.CompletedProcess(command, 7)
+    def record(path: str, arguments: list[str]) -> NoReturn:
+        assert path == arguments[0] == sys.executable
+        assert arguments[1:4] == ["-P", "-m", f"shardmill.flows.{command}"]
+        assert arguments[4:] == ["--help", "--out", "x y", "here", "--debug"]
+        raise Replaced
 
-    monkeypatch.setattr(subprocess, "run", record)
-    assert main(["demo", "--help", "--out", "x y", "here", "--debug"]) == 7
-    assert seen == [[sys.executable, "-m", "shardmill.flows.demo", "--help", "--out", "x y", "here", "--debug"]]
+    monkeypatch.setattr(os, "execv", record)
+
+    with pytest.raises(Replaced):
+        main([command, "--help", "--out", "x y", "here", "--debug"])
 
 
 # ---- errors -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The command line: `shardmill plan | run | verify | report | store | demo`.
+"""The command line: `shardmill plan | run | verify | report | store | demo | setup | worker`.
 
     arguments   what may be asked for, and the recipe that follows from it
     console     stderr: talk, progress, warnings of the log

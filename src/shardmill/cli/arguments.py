@@ -18,6 +18,12 @@ from shardmill.errors import Problem, RecipeInvalid, Refused
 
 DEFAULT_SCHEME: Final = "FP8_DYNAMIC"
 STORE_VARIABLE: Final = "SHARDMILL_STORE"
+APART: Final = {
+    "demo": "quantize a small real model from end to end",
+    "setup": "put pools, deployments and limits on a Prefect server, or repair them",
+    "worker": "work on the runs of a Prefect server, one at a time or one for each device",
+}
+"""Commands that run in a process of their own, since they need libraries that nothing else here does."""
 _RECIPE_LIMIT: Final = 4_000_000
 _DESCRIPTION: Final = "Quantize sharded safetensors checkpoints, shard by shard, without a model definition."
 _EPILOG: Final = """\
@@ -52,7 +58,7 @@ class Options:
     older_than: float = 24.0
     """Hours."""
     rest: tuple[str, ...] = ()
-    """Arguments of the demo."""
+    """Arguments of a command that runs in a process of its own."""
     json: bool = False
     debug: bool = False
     verbosity: int = 0
@@ -70,7 +76,7 @@ def parse_arguments(argv: Sequence[str]) -> Options:
     quiet, verbose = values.pop("quiet", False), values.pop("verbose", 0)
     if values["command"] == "store":
         values["command"] = f"store {values.pop('action')}"
-    if values["command"] == "demo":
+    if values["command"] in APART:
         values["rest"] = tuple(rest)
     elif rest:
         parser.error(f"unrecognized arguments: {shlex.join(rest)}")
@@ -107,7 +113,8 @@ def _build_parser() -> argparse.ArgumentParser:
     report.add_argument("destination", metavar="DST", help="finished result")
     report.add_argument("--html", metavar="FILE", help="write a page with pictures (not in this version)")
     _add_store(verb("store", "look after the store of finished shards"))
-    verbs.add_parser("demo", help="quantize a small real model from end to end", add_help=False, allow_abbrev=False)
+    for name, summary in APART.items():
+        verbs.add_parser(name, help=summary, add_help=False, allow_abbrev=False)
     return parser
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -15,7 +15,7 @@ from statistics import median
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
-from shardmill.cli.arguments import Options, command_line, read_recipe
+from shardmill.cli.arguments import APART, Options, command_line, read_recipe
 from shardmill.cli.console import Console, Progress, print_document, print_result
 from shardmill.cli.failures import DONE, FAILED, REFUSED, SCHEMA, count, problem_lines
 from shardmill.core.plan import Plan
@@ -340,10 +340,12 @@ def store_verify(options: Options, console: Console) -> int:
     return FAILED if problems else DONE
 
 
-def demo(options: Options, _console: Console) -> int:
-    """Run the demo in a process of its own: it needs libraries that nothing else here does."""
-    command = [sys.executable, "-m", "shardmill.flows.demo", *options.rest]
-    return subprocess.run(command, check=False).returncode  # noqa: S603 - our own interpreter and the user's arguments
+def apart(options: Options, _console: Console) -> int:
+    """Become a process of the module of that name: signals reach it, and it needs libraries that nothing else does."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    command = [sys.executable, "-P", "-m", f"shardmill.flows.{options.command}", *options.rest]
+    os.execv(sys.executable, command)  # noqa: S606 - our own interpreter and the user's arguments
 
 
 COMMANDS: Final[Mapping[str, Callable[[Options, Console], int]]] = {
@@ -354,5 +356,5 @@ COMMANDS: Final[Mapping[str, Callable[[Options, Console], int]]] = {
     "store ls": store_ls,
     "store gc": store_gc,
     "store verify": store_verify,
-    "demo": demo,
+    **dict.fromkeys(APART, apart),
 }
