@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.client.schemas.objects import ConcurrencyLimitStrategy, FlowRun
+from prefect.client.schemas.objects import ConcurrencyLimitStrategy
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelling
@@ -27,24 +19,7 @@ from prefect.states import Cancelling
 import checkpoints
 from served import Ask
 from shardmill.flows.quantize_checkpoint import quantize_checkpoint
-
-ROOT = Path(__file__).resolve().parents[2]
-FILE = ROOT / "deployments" / "prefect.yaml"
-POOL = "shardmill-cpu"
-
-
-def prefect(*arguments: str, api_url: str, cwd: Path) -> None:
-    """Run the command line of Prefect."""
-    command = [sys.executable, "-P", "-m", "prefect", "--no-prompt", *arguments]
-    done = subprocess.run(
-        command, check=False, capture_output=True, text=True, cwd=cwd, env=os.environ | {"PREFECT_API_URL": api_url}
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def deploy(api_url: str, cwd: Path) -> None:
-    """Deploy from a folder that is not the repository."""
-    prefect("deploy", "--all", "--prefect-file", str(FILE), api_url=api_url, cwd=cwd)
+from workers import DEPLOYMENT, FILE, POOL, deploy, run_to_its_end, served_worker, start, state_of, wait_until
 
 
 def test_workers_pull_nothing() -> None:
@@ -57,7 +32,7 @@ def test_it_deploys_and_the_server_refuses_bad_parameters(tmp_path: Path, ask: A
 
         deploy(PREFECT_API_URL.value() or "", tmp_path)
 
-        found = client.read_deployment_by_name("quantize-checkpoint/cpu")
+        found = client.read_deployment_by_name(DEPLOYMENT)
         assert found.entrypoint == "shardmill.flows.quantize_checkpoint.quantize_checkpoint"
         assert found.pull_steps in (None, [])
         assert found.work_pool_name == POOL
@@ -78,78 +53,11 @@ def test_it_deploys_and_the_server_refuses_bad_parameters(tmp_path: Path, ask: A
 # ---- a real server and a real worker ----------------------------------------------------------------------------
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_until(what: str, is_so: Callable[[], Any], seconds: float = 180) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := is_so()):
-        assert time.monotonic() < deadline, f"waited in vain: {what}"
-        time.sleep(0.2)
-    return found
-
-
-@contextmanager
-def running(arguments: list[str], log: Path, environment: dict[str, str], cwd: Path) -> Iterator[None]:
-    """A Prefect process and all it starts, as long as the block lasts."""
-    command = [sys.executable, "-P", "-m", "prefect", *arguments]
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, cwd=cwd, start_new_session=True)
-    try:
-        yield
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health").status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server with the deployment, a pool and a worker; the URL of its API."""
-    home, port = tmp_path_factory.mktemp("served"), free_port()
-    url = f"http://127.0.0.1:{port}/api"
-    environment = os.environ | {
-        "PREFECT_HOME": str(home),
-        "PREFECT_LOCAL_STORAGE_PATH": str(home / "records"),
-        "PREFECT_API_URL": url,
-        "PREFECT_WORKER_QUERY_SECONDS": "1",
-    }
-    with running(["server", "start", "--port", str(port)], home / "server.log", environment, home):
-        wait_until("the server answers", lambda: answers(url))
-        prefect("work-pool", "create", "--type", "process", POOL, api_url=url, cwd=home)
-        deploy(url, home)
-        with running(["worker", "start", "--pool", POOL], home / "worker.log", environment, home):
-            yield url
-
-
-def start(client: SyncPrefectClient, request: dict[str, Any]) -> FlowRun:
-    deployment = client.read_deployment_by_name("quantize-checkpoint/cpu")
-    return client.create_flow_run_from_deployment(deployment.id, parameters={"request": request})
-
-
-def state_of(client: SyncPrefectClient, run: FlowRun) -> str:
-    state = client.read_flow_run(run.id).state
-    return state.name or "" if state else ""
-
-
-def run_to_its_end(client: SyncPrefectClient, request: dict[str, Any]) -> FlowRun:
-    run = start(client, request)
-    wait_until("the run ends", lambda: state_of(client, run) in ("Completed", "Failed", "Crashed"))
-    assert state_of(client, run) == "Completed"
-    return run
+    with served_worker(tmp_path_factory.mktemp("served")) as url:
+        yield url
 
 
 @pytest.mark.slow
