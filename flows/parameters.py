@@ -150,4 +150,5 @@ class QuantizeRequest(BaseModel):
             run=run,
             locations=Locations(source=self.source, destination=self.destination, store=self.store or ""),
             options=RunOptions(device=self.device, workers=self.workers, verify=self.verify),
+            label=self.label,
         )
