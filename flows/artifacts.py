@@ -29,7 +29,7 @@ RUN_AGAIN: Final = "run again: finished shards are kept"
 _MESSAGE_LIMIT: Final = 600
 _DESCRIBED: Final = 5
 """Failures that stand in the description, where long lines wrap; in the table they do not."""
-_STORED: Final = {True: "hit", False: "miss", None: "not read yet"}
+_STORED: Final = {True: "hit", False: "miss", None: "unknown"}
 
 
 def attempt_prefix() -> str:
@@ -61,11 +61,11 @@ def show_plan(plan: Plan, stored: Mapping[str, bool | None]) -> None:
     rows = [
         {
             "shard": _cell(shard.name),
-            "size in": human_bytes(shard.size),
-            "size out": human_bytes(shard.sizes().output_bytes),
+            "store": _STORED[stored.get(shard.name)],
+            "in": human_bytes(shard.size),
+            "out": human_bytes(shard.sizes().output_bytes),
             "tensors": len(shard.tensors),
             "quantized": shard.quantized_tensors,
-            "store": _STORED[stored.get(shard.name)],
         }
         for shard in plan.shards
     ]
@@ -75,7 +75,8 @@ def show_plan(plan: Plan, stored: Mapping[str, bool | None]) -> None:
 def describe_plan(summary: Summary, stored: Mapping[bool | None, int]) -> str:
     """Say in a line what a plan comes to."""
     found = ", ".join(f"{stored[known]} {word}" for known, word in _STORED.items() if stored.get(known))
-    return f"{_sizes(summary)}; {summary.shards} shards: {found}."
+    until = " until they are read" if stored.get(None) else ""
+    return f"{_sizes(summary)}; {summary.shards} shards: {found}{until}."
 
 
 def _sizes(summary: Summary) -> str:
@@ -107,7 +108,7 @@ def _described(rows: Sequence[Mapping[str, str]]) -> str:
     lines = []
     for row in rows[:_DESCRIBED]:
         subject = ", ".join(code(row[name]) for name in ("file", "tensor") if row[name]) or row["kind"]
-        way_out = f"; way out: {code(row['way out'], _MESSAGE_LIMIT)}" if row["way out"] else ""
+        way_out = f"; **way out**: {code(row['way out'], _MESSAGE_LIMIT)}" if row["way out"] else ""
         lines.append(f"- {subject}: {code(row['message'], _MESSAGE_LIMIT)}{way_out}")
     if len(rows) > _DESCRIBED:
         lines.append(f"- and {len(rows) - _DESCRIBED} more, in the table")

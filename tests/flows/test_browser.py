@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -23,9 +22,11 @@ import checkpoints
 from shardmill.core.scheme import PRESETS
 from workers import DEPLOYMENT, served_worker, wait_for_end, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.browser]
+pytestmark = [pytest.mark.slow, pytest.mark.browser, pytest.mark.timeout(1800)]
 
 WIDTH = 1280
+PATIENCE = 180.0
+"""Seconds until a page of a busy server must show what it has."""
 MODEL = "TinyLlama"
 SCHEME = "W4A16"
 SHARDS = 6
@@ -64,7 +65,7 @@ class Page:
 
     def see(self, *texts: str) -> None:
         for text in texts:
-            wait_until(f"the page shows {text!r}", lambda text=text: text in self.text, 60)
+            wait_until(f"the page shows {text!r}", lambda text=text: text in self.text, PATIENCE)
 
     def find(self, xpath: str) -> Any:
         """The first element that is shown."""
@@ -73,7 +74,7 @@ class Page:
         return wait_until(
             f"the page has {xpath}",
             lambda: next((e for e in self.driver.find_elements(By.XPATH, xpath) if e.is_displayed()), None),
-            60,
+            PATIENCE,
         )
 
     def click(self, xpath: str) -> None:
@@ -98,10 +99,17 @@ class Page:
         self.click(f"//*[@role='option'][normalize-space(.)='{value}']")
         wait_until(f"{value} is chosen", lambda: value in self.field(label).text, 60)
 
+    def show_graph(self) -> None:
+        """Let the graph of a run, which may have begun before its size was known, show all of the run."""
+        time.sleep(3)
+        self.driver.execute_script(
+            "document.querySelector('canvas')?.closest('div[class*=graph]')?.querySelector('button')?.click()"
+        )
+
     def picture(self, name: str, height: int = 1000) -> None:
         """Keep a picture of the page."""
         self.resize(height)
-        time.sleep(1)  # what moves comes to rest
+        time.sleep(2)  # what moves comes to rest
         self.driver.save_screenshot(str(self._pictures / f"{name}.png"))
 
 
@@ -128,16 +136,6 @@ def page(api: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[P
 def client(api: str) -> Iterator[SyncPrefectClient]:
     with SyncPrefectClient(api) as client:
         yield client
-
-
-def break_shard(path: Path) -> bytes:
-    """Put a NaN into the first quantizable weight of a shard; returns what was there."""
-    whole = path.read_bytes()
-    start = 8 + int.from_bytes(whole[:8], "little")
-    header: dict[str, Any] = json.loads(whole[8:start])
-    begin = start + next(entry["data_offsets"][0] for name, entry in header.items() if name.endswith("_proj.weight"))
-    path.write_bytes(whole[:begin] + b"\xff\x7f" + whole[begin + 2 :])
-    return whole
 
 
 def blobs_below(folder: Path) -> dict[str, tuple[int, int, int]]:
@@ -197,7 +195,7 @@ def test_retry_in_the_page_does_only_the_broken_shard_again(
     page: Page, client: SyncPrefectClient, tmp_path: Path
 ) -> None:
     source = checkpoints.write(tmp_path / MODEL, checkpoints.deal(checkpoints.llama(6, 256, 512), SHARDS))
-    whole = break_shard(source / BROKEN)
+    whole = checkpoints.poison(source / BROKEN)
     time.sleep(2.1)  # the worker does not remember digests of younger files
 
     run = request_a_run(page, client, source, tmp_path / "result")
@@ -207,6 +205,7 @@ def test_retry_in_the_page_does_only_the_broken_shard_again(
     before = blobs_below(tmp_path)
     assert len(before) == SHARDS - 1
     page.open(f"/runs/flow-run/{run.id}?tab=Artifacts", "Failed", "plan", "progress", "failures")
+    page.show_graph()
     page.picture("run-failed")
     look_at(page, client, run, "failures", BROKEN)
 
@@ -228,6 +227,7 @@ def test_retry_in_the_page_does_only_the_broken_shard_again(
     keys = [artifact.key for artifact in artifacts_of(client, run)]
     assert (keys.count("plan"), keys.count("progress"), keys.count("failures"), keys.count("report")) == (2, 2, 1, 1)
     page.open(f"/runs/flow-run/{run.id}?tab=TaskRuns", "Completed", "Cached", BROKEN)
+    page.show_graph()
     page.picture("run-completed", 1300)
     for key, *texts in [("plan", BROKEN), ("progress", "100"), ("report", "bits per weight")]:
         look_at(page, client, run, key, *texts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -135,7 +136,8 @@ def test_what_cannot_be_written_costs_one_warning(
         raise ConnectionError("no server")
 
     monkeypatch.setattr(progress, "update_progress_artifact", fail)
-    with Progress(Tally({"a": 100}, (), 0.0), dict):
+    moving = itertools.count()
+    with Progress(Tally({"a": 10**9}, (), 0.0), lambda: {"a": next(moving)}):
         for _ in range(3):
             assert tried.acquire(timeout=30)
 

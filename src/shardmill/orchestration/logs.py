@@ -58,7 +58,9 @@ def library_logs() -> Iterator[None]:
 
 
 def log_shard(
-    logger: logging.LoggerAdapter[logging.Logger], shard: ShardPlan, result: ShardOutcome | BaseException
+    logger: logging.Logger | logging.LoggerAdapter[logging.Logger],
+    shard: ShardPlan,
+    result: ShardOutcome | BaseException,
 ) -> None:
     """Write the one line that a shard gets, and at DEBUG one for each of its weights that was computed."""
     name = plain(shard.name)
