@@ -99,17 +99,10 @@ class Page:
         self.click(f"//*[@role='option'][normalize-space(.)='{value}']")
         wait_until(f"{value} is chosen", lambda: value in self.field(label).text, 60)
 
-    def show_graph(self) -> None:
-        """Let the graph of a run, which may have begun before its size was known, show all of the run."""
-        time.sleep(3)
-        self.driver.execute_script(
-            "document.querySelector('canvas')?.closest('div[class*=graph]')?.querySelector('button')?.click()"
-        )
-
     def picture(self, name: str, height: int = 1000) -> None:
         """Keep a picture of the page."""
         self.resize(height)
-        time.sleep(2)  # what moves comes to rest
+        time.sleep(5)  # what moves comes to rest, such as the graph of a run
         self.driver.save_screenshot(str(self._pictures / f"{name}.png"))
 
 
@@ -205,7 +198,6 @@ def test_retry_in_the_page_does_only_the_broken_shard_again(
     before = blobs_below(tmp_path)
     assert len(before) == SHARDS - 1
     page.open(f"/runs/flow-run/{run.id}?tab=Artifacts", "Failed", "plan", "progress", "failures")
-    page.show_graph()
     page.picture("run-failed")
     look_at(page, client, run, "failures", BROKEN)
 
@@ -227,7 +219,6 @@ def test_retry_in_the_page_does_only_the_broken_shard_again(
     keys = [artifact.key for artifact in artifacts_of(client, run)]
     assert (keys.count("plan"), keys.count("progress"), keys.count("failures"), keys.count("report")) == (2, 2, 1, 1)
     page.open(f"/runs/flow-run/{run.id}?tab=TaskRuns", "Completed", "Cached", BROKEN)
-    page.show_graph()
     page.picture("run-completed", 1300)
     for key, *texts in [("plan", BROKEN), ("progress", "100"), ("report", "bits per weight")]:
         look_at(page, client, run, key, *texts)
