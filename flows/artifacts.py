@@ -15,9 +15,10 @@ from urllib.parse import quote
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.runtime import flow_run
 
-from shardmill.core.manifest import Manifest
+from shardmill.core.assemble import totals
+from shardmill.core.manifest import Manifest, Totals
 from shardmill.core.plan import Plan
-from shardmill.core.summary import Summary, human_bytes, summarize_plan
+from shardmill.core.summary import Summary, human_bytes
 from shardmill.errors import NAME_LIMIT, Problem, Refused
 from shardmill.flows.report import report_markdown
 from shardmill.orchestration.names import code, plain
@@ -69,20 +70,20 @@ def show_plan(plan: Plan, stored: Mapping[str, bool | None]) -> None:
         }
         for shard in plan.shards
     ]
-    _table("plan", rows, describe_plan(summarize_plan(plan), Counter(stored.values())))
+    sizes = Summary(totals=Totals(**totals(plan)), shards=len(plan.shards), decisions=(), worst=(), warnings=())
+    _table("plan", rows, _described_plan(sizes, Counter(stored.values())))
 
 
-def describe_plan(summary: Summary, stored: Mapping[bool | None, int]) -> str:
-    """Say in a line what a plan comes to."""
+def _described_plan(summary: Summary, stored: Mapping[bool | None, int]) -> str:
     found = ", ".join(f"{stored[known]} {word}" for known, word in _STORED.items() if stored.get(known))
     until = " until they are read" if stored.get(None) else ""
     return f"{_sizes(summary)}; {summary.shards} shards: {found}{until}."
 
 
 def _sizes(summary: Summary) -> str:
-    totals = summary.totals
+    source, output = summary.totals.source_bytes, summary.totals.output_bytes
     return (
-        f"{human_bytes(totals.source_bytes)} in, {human_bytes(totals.output_bytes)} out ({summary.ratio:.0%}), "
+        f"{human_bytes(source)} in, {human_bytes(output)} out ({summary.ratio:.0%}), "
         f"{summary.bits_per_weight:.2f} bits per weight"
     )
 
@@ -145,10 +146,11 @@ def show_failures(failures: Sequence[tuple[str, BaseException]], done: int) -> N
 
 def show_report(manifest: Manifest, summary: Summary, figures: Mapping[str, Any]) -> None:
     """Show the report of a finished run."""
-    markdown = report_markdown(manifest, summary, figures)
     _try(
         "report",
-        lambda prefix: create_markdown_artifact(markdown, key="report", description=f"{prefix}{_sizes(summary)}."),
+        lambda prefix: create_markdown_artifact(
+            report_markdown(manifest, summary, figures), key="report", description=f"{prefix}{_sizes(summary)}."
+        ),
     )
 
 

@@ -22,7 +22,7 @@ from shardmill.orchestration.progress import clock_time, speed
 NAMES_SHOWN: Final = 4
 WARNINGS_SHOWN: Final = 20
 PICTURES_SHOWN: Final = 4
-_BARS: Final = 500
+_BARS: Final = 300
 _HARMLESS: Final = re.compile(r"[A-Za-z0-9 ,;'-]*")
 """What markdown shows as it is."""
 _NUMBERED: Final = re.compile(r"(.*?)\.(\d{1,6})(?=\.|$)", re.DOTALL)
