@@ -76,7 +76,7 @@ def show_plan(plan: Plan, stored: Mapping[str, bool | None]) -> None:
 
 def _described_plan(summary: Summary, stored: Mapping[bool | None, int]) -> str:
     found = ", ".join(f"{stored[known]} {word}" for known, word in _STORED.items() if stored.get(known))
-    until = " until they are read" if stored.get(None) else ""
+    until = " until read" if stored.get(None) else ""
     return f"{_sizes(summary)}; {summary.shards} shards: {found}{until}."
 
 

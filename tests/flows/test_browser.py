@@ -228,4 +228,4 @@ def look_at(page: Page, client: SyncPrefectClient, run: FlowRun, key: str, *text
     """Open the newest artifact of a key, and keep a picture of it."""
     found = [artifact for artifact in artifacts_of(client, run) if artifact.key == key]
     page.open(f"/artifacts/artifact/{found[-1].id}", *texts)
-    page.picture(key)
+    page.picture(key, 1700 if key == "report" else 1000)
