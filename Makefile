@@ -20,8 +20,8 @@ demo: .venv/stamp  ## quantize a small real model from end to end
 test: .venv/stamp  ## run the tests that need no accelerator, no download and no reference system
 	$(BIN)/pytest
 
-test-all: .venv/stamp .venv-reference/stamp .venv-seed/stamp  ## also the slow tests, those against the reference systems, and those against a radosgw
-	tests/storage/ceph.sh run $(BIN)/pytest -m "not gpu"
+test-all: .venv/stamp .venv-reference/stamp .venv-seed/stamp  ## also the slow tests, those against the reference systems and a radosgw, and those in a browser
+	tests/storage/ceph.sh run tests/flows/chromium.sh run $(BIN)/pytest -m "not gpu"
 	$(BIN)/python tests/oracle/oracle_table.py --write docs/oracle.md
 
 coverage: .venv/stamp  ## branch coverage of the default tests; core must be complete

@@ -1,59 +1,63 @@
-"""What a run shows to people in Prefect's UI: plan, progress, failures, report.
+"""What a run shows to people in Prefect's UI before and after its work: plan, failures, report, output.
 
 File and tensor names are foreign text: they are escaped and cut. An artifact that cannot be written costs a warning and
-never a finished shard.
+never a finished shard. Descriptions are markdown, and a list of artifacts shows the first few words of them.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Final
+from urllib.parse import quote
 from uuid import UUID
 
-from prefect.artifacts import (
-    create_markdown_artifact,
-    create_progress_artifact,
-    create_table_artifact,
-    update_progress_artifact,
-)
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
+from prefect.runtime import flow_run
 
+from shardmill.core.assemble import totals
+from shardmill.core.manifest import Manifest, Totals
 from shardmill.core.plan import Plan
-from shardmill.core.summary import Summary, render
+from shardmill.core.summary import Summary, human_bytes
 from shardmill.errors import NAME_LIMIT, Problem, Refused
-from shardmill.orchestration.names import plain
+from shardmill.flows.report import report_markdown
+from shardmill.orchestration.names import code, plain
 
 log = logging.getLogger(__name__)
 PROBLEMS_RAISED: Final = 10
 """Problems that a refusal repeats; the artifact `failures` has all of them."""
 ROWS: Final = 1000
 """Rows that a table shows."""
-PROGRESS_SECONDS: Final = 2.0
-"""Least time between two updates of the progress."""
 RUN_AGAIN: Final = "run again: finished shards are kept"
 _MESSAGE_LIMIT: Final = 600
+_DESCRIBED: Final = 5
+"""Failures that stand in the description, where long lines wrap; in the table they do not."""
+_STORED: Final = {True: "hit", False: "miss", None: "unknown"}
 
 
-def _try(what: str, write: Callable[[], object]) -> UUID | None:
+def attempt_prefix() -> str:
+    """Tell the artifacts of a run that was retried apart."""
+    count = flow_run.run_count or 1
+    return f"Attempt {count}: " if count > 1 else ""
+
+
+def _try(what: str, write: Callable[[str], object]) -> None:
     try:
-        found = write()
+        write(attempt_prefix())
     except Exception as error:  # noqa: BLE001  whatever it is: what a run shows must not cost what it did
         log.warning("artifact %s could not be written: %s", what, error)
-        return None
-    return found if isinstance(found, UUID) else None
 
 
 def _table(key: str, rows: Sequence[Mapping[str, Any]], description: str) -> None:
     if len(rows) > ROWS:
-        description += f" The first {ROWS} of {len(rows)} rows."
+        description += f"\n\nThe first {ROWS} of {len(rows)} rows."
     shown = [dict(row) for row in rows[:ROWS]]
-    _try(key, lambda: create_table_artifact(shown, key=key, description=description))
+    _try(key, lambda prefix: create_table_artifact(shown, key=key, description=prefix + description))
 
 
 def show_plan(plan: Plan, stored: Mapping[str, bool | None]) -> None:
@@ -62,18 +66,33 @@ def show_plan(plan: Plan, stored: Mapping[str, bool | None]) -> None:
     Args:
         stored: by shard name, whether the store has it; None where that takes reading the source.
     """
-    words = {True: "hit", False: "miss", None: "source not read yet"}
     rows = [
         {
             "shard": _cell(shard.name),
-            "bytes": shard.size,
+            "store": _STORED[stored.get(shard.name)],
+            "in": human_bytes(shard.size),
+            "out": human_bytes(shard.sizes().output_bytes),
             "tensors": len(shard.tensors),
             "quantized": shard.quantized_tensors,
-            "store": words[stored.get(shard.name)],
         }
         for shard in plan.shards
     ]
-    _table("plan", rows, f"{len(rows)} shards, {plan.source_bytes / 1e9:.2f} GB to read at most.")
+    sizes = Summary(totals=Totals(**totals(plan)), shards=len(plan.shards), decisions=(), worst=(), warnings=())
+    _table("plan", rows, _described_plan(sizes, Counter(stored.values())))
+
+
+def _described_plan(summary: Summary, stored: Mapping[bool | None, int]) -> str:
+    found = ", ".join(f"{stored[known]} {word}" for known, word in _STORED.items() if stored.get(known))
+    until = " until read" if stored.get(None) else ""
+    return f"{_sizes(summary)}; {summary.shards} shards: {found}{until}."
+
+
+def _sizes(summary: Summary) -> str:
+    source, output = summary.totals.source_bytes, summary.totals.output_bytes
+    return (
+        f"{human_bytes(source)} in, {human_bytes(output)} out ({summary.ratio:.0%}), "
+        f"{summary.bits_per_weight:.2f} bits per weight"
+    )
 
 
 def _cell(text: str, limit: int = NAME_LIMIT) -> str:
@@ -85,20 +104,30 @@ def problem_row(problem: Problem) -> dict[str, str]:
     """One row of the table of failures."""
     return {
         "file": _cell(problem.file),
-        "tensor": _cell(problem.tensor),
         "kind": problem.kind,
+        "tensor": _cell(problem.tensor),
         "message": _cell(problem.message, _MESSAGE_LIMIT),
         "way out": _cell(problem.way_out, _MESSAGE_LIMIT),
     }
 
 
+def _described(rows: Sequence[Mapping[str, str]]) -> str:
+    """The first failures, as a list."""
+    lines = []
+    for row in rows[:_DESCRIBED]:
+        subject = ", ".join(code(row[name]) for name in ("file", "tensor") if row[name]) or row["kind"]
+        way_out = f"; **way out**: {code(row['way out'], _MESSAGE_LIMIT)}" if row["way out"] else ""
+        lines.append(f"- {subject}: {code(row['message'], _MESSAGE_LIMIT)}{way_out}")
+    if len(rows) > _DESCRIBED:
+        lines.append(f"- and {len(rows) - _DESCRIBED} more, in the table")
+    return "\n".join(lines)
+
+
 def show_problems(problems: Iterable[Problem]) -> None:
     """Show why a run was refused before it began."""
-    _table(
-        "failures",
-        [problem_row(problem) for problem in problems],
-        "Nothing was written: every problem and the way out.",
-    )
+    rows = [problem_row(problem) for problem in problems]
+    noun = "problem" if len(rows) == 1 else "problems"
+    _table("failures", rows, f"{len(rows)} {noun}, so nothing was written.\n\n{_described(rows)}")
 
 
 @contextmanager
@@ -129,71 +158,56 @@ class BatchTable:
         ]
         if len(rows) > ROWS:
             description += f" The first {ROWS} of {len(rows)} rows."
+        _try("batch", lambda prefix: self._write(shown, prefix + description))
+
+    def _write(self, rows: Sequence[Mapping[str, Any]], description: str) -> None:
         if self._artifact is None:
-            self._artifact = _try("batch", lambda: create_table_artifact(shown, key="batch", description=description))
-        else:
-            _try("batch", partial(_update_table, self._artifact, shown, description))
+            made = create_table_artifact([dict(row) for row in rows], key="batch", description=description)
+            self._artifact = made if isinstance(made, UUID) else None
+            return
+        with get_client(sync_client=True) as client:
+            client.update_artifact(self._artifact, ArtifactUpdate(data=json.dumps(rows), description=description))
 
 
-def _update_table(artifact: UUID, rows: Sequence[Mapping[str, Any]], description: str) -> None:
-    with get_client(sync_client=True) as client:
-        client.update_artifact(artifact, ArtifactUpdate(data=json.dumps(rows), description=description))
+def show_failures(failures: Sequence[tuple[str, BaseException]], done: int) -> None:
+    """Show the shards that failed, and why.
 
-
-def show_failures(failures: Iterable[tuple[str, BaseException]]) -> None:
-    """Show the shards that failed, and why."""
+    Args:
+        done: Shards that are finished.
+    """
     rows: list[dict[str, str]] = []
     for shard, error in failures:
         if isinstance(error, Refused):
             rows += [problem_row(problem) for problem in error.problems]
         else:
-            way_out = "run again: finished shards are kept"
             rows.append(
-                problem_row(Problem(file=shard, kind=type(error).__name__, message=str(error), way_out=way_out))
+                problem_row(Problem(file=shard, kind=type(error).__name__, message=str(error), way_out=RUN_AGAIN))
             )
-    _table("failures", rows, "Shards that failed; all others are finished and kept in the store.")
+    said = (
+        f"{len(failures)} of {len(failures) + done} shards failed; {done} are finished and kept in the store. "
+        "When the cause is mended, **Retry** does only what is missing."
+    )
+    _table("failures", rows, f"{said}\n\n{_described(rows)}")
 
 
-class Progress:
-    """The share of the source that is done, in bytes."""
-
-    def __init__(self, total_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._total_bytes = total_bytes
-        self._done_bytes = 0
-        self._clock = clock
-        self._shown_at = clock()
-        self._artifact = _try(
-            "progress", lambda: create_progress_artifact(0.0, key="progress", description="Bytes done.")
-        )
-
-    def advance(self, size_bytes: int) -> None:
-        """Count a shard that is done; shown at most every two seconds, and at the end."""
-        self._done_bytes += size_bytes
-        now = self._clock()
-        if now - self._shown_at >= PROGRESS_SECONDS or self._done_bytes >= self._total_bytes:
-            self._shown_at = now
-            self._show()
-
-    def _show(self) -> None:
-        artifact = self._artifact
-        if artifact is not None:
-            share = 100.0 * self._done_bytes / max(1, self._total_bytes)
-            _try("progress", lambda: update_progress_artifact(artifact, min(100.0, share)))
-
-
-def report_markdown(summary: Summary, figures: Mapping[str, Any]) -> str:
-    """Write the report of a finished run: the run's figures and the summary as the terminal shows it.
-
-    Foreign names stand inside a fenced block only, with control characters escaped, so that none can begin a line.
-    """
-    lines = [f"| {name} | {value} |" for name, value in figures.items()]
-    return "\n".join(["| | |", "|---|---|", *lines, "", "~~~~~~text", render(summary), "~~~~~~"])
-
-
-def show_report(summary: Summary, figures: Mapping[str, Any]) -> None:
+def show_report(manifest: Manifest, summary: Summary, figures: Mapping[str, Any]) -> None:
     """Show the report of a finished run."""
-    markdown = report_markdown(summary, figures)
     _try(
         "report",
-        lambda: create_markdown_artifact(markdown, key="report", description="What was written and how well it fits."),
+        lambda prefix: create_markdown_artifact(
+            report_markdown(manifest, summary, figures), key="report", description=f"{prefix}{_sizes(summary)}."
+        ),
+    )
+
+
+def show_output(destination: str) -> None:
+    """Link to the result, where it is at an URL."""
+    if "://" not in destination:
+        return
+    link, text = quote(destination, safe="/:@%+,;=~?&"), code(destination, 300)
+    _try(
+        "output",
+        lambda prefix: create_link_artifact(
+            link, link_text=text, key="output", description=f"{prefix}Where the result is."
+        ),
     )

@@ -57,12 +57,12 @@ class Choices(_Form):
 
     scheme: SchemeName = Field(default="FP8_DYNAMIC", description="How every quantizable weight is quantized.")
     group_size: int | None = Field(
-        default=None, ge=1, le=65536, description="Consecutive input features per scale; empty for the scheme's own."
+        default=None, ge=1, le=65536, description="Consecutive input features per scale; none for the scheme's own."
     )
     ignore: list[Pattern] = Field(
         default_factory=list,
         max_length=1000,
-        description="Modules that stay as they are: a name, or `re:` and a regular expression.",
+        description="Modules that stay as they are: a name, or re: and a regular expression.",
         examples=[["lm_head", "re:.*router.*"]],
     )
     default_ignores: bool = Field(
@@ -73,7 +73,7 @@ class Choices(_Form):
         description="A weight whose width is no multiple of the group size: refuse the run, or copy the weight.",
     )
     expert_layout: Literal["rows", "columns", "interleaved"] | None = Field(
-        default=None, description="How fused expert stacks store gate and up; empty where the architecture tells."
+        default=None, description="How fused expert stacks store gate and up; none where the architecture tells."
     )
     partial_fused: bool = Field(
         default=False,
@@ -118,7 +118,7 @@ class Work(_Form):
 
     store: Location | None = Field(
         default=None,
-        description="Where finished shards are kept and found again; empty for `.shardmill` beside the destination.",
+        description="Where finished shards are kept and found again; none for .shardmill beside the destination.",
     )
     device: str = Field(
         default="auto",
@@ -144,7 +144,7 @@ class Work(_Form):
         max_length=300,
         pattern=_SCHEDULER_PATTERN,
         description="For the executor dask: address of a running scheduler, whose workers reach source and store; "
-        "empty for a cluster on this machine, one worker process per device, or `workers` on the CPU.",
+        "none for a cluster on this machine, one worker process per device, or as many as workers says on the CPU.",
         examples=["tcp://scheduler:8786"],
     )
     verify: Literal["fast", "full"] = Field(
@@ -183,6 +183,7 @@ class QuantizeRequest(Work, Choices, Places):
             run=run,
             locations=self.locations,
             options=RunOptions(device=self.device, workers=self.workers, verify=self.verify),
+            label=self.label,
         )
 
     @property

@@ -14,17 +14,19 @@ from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
 
 from shardmill.core.checks import source_names
+from shardmill.core.manifest import parse_manifest
 from shardmill.core.outcome import ShardOutcome
 from shardmill.core.plan import Plan
 from shardmill.core.recipe import Recipe
-from shardmill.core.summary import human_bytes, summarize
+from shardmill.core.summary import human_bytes, summarize_manifest
 from shardmill.errors import Interrupted, ShardFailures
 from shardmill.flows import artifacts
 from shardmill.flows.parameters import QuantizeRequest
 from shardmill.orchestration.bench import Job, Workbench, uninspected, workbench
 from shardmill.orchestration.cache import bytes_to_digest
 from shardmill.orchestration.executors import choose_executor
-from shardmill.orchestration.logs import library_logs
+from shardmill.orchestration.logs import library_logs, log_shard
+from shardmill.orchestration.progress import Progress, Tally
 from shardmill.stages.finalize import claim_of
 from shardmill.stages.validate import pin_readable, refuse_problems
 from shardmill.storage.location import parse_location
@@ -81,13 +83,14 @@ def _convert(request: QuantizeRequest, job: Job, started: float) -> FlowSummary:
             claim = claim_of(plan, bench.source, job.run)
             with destination.claimed(claim):
                 outcomes = _quantize(plan, request, job, bench)
-                manifest = finalize_checkpoint(uninspected(plan), uninspected(outcomes), job, uninspected(claim))
+                document = finalize_checkpoint(uninspected(plan), uninspected(outcomes), job, uninspected(claim))
             hits, bytes_read = sum(o.is_hit for o in outcomes), sum(o.bytes_read for o in outcomes)
         else:
             bytes_read = bytes_to_digest(plan.shards, bench.source, bench.store)
-            manifest = find_published(uninspected(plan), job)
-            hits = _confirm(plan)
-        summary = summarize(manifest)
+            document = find_published(uninspected(plan), job)
+            hits = _confirm(plan, job)
+        manifest = parse_manifest(document)
+        summary = summarize_manifest(manifest)
         result = FlowSummary(
             destination=str(parse_location(job.locations.destination)),
             shards=len(plan.shards),
@@ -98,7 +101,8 @@ def _convert(request: QuantizeRequest, job: Job, started: float) -> FlowSummary:
             bits_per_weight=round(summary.bits_per_weight, 3),
             seconds=round(time.monotonic() - started, 1),
         )
-        artifacts.show_report(summary, asdict(result))
+        artifacts.show_report(manifest, summary, asdict(result))
+        artifacts.show_output(result.destination)
         get_run_logger().info(
             "%s of %s shards were done before, %s read", hits, len(plan.shards), human_bytes(bytes_read)
         )
@@ -123,31 +127,40 @@ def _quantize(plan: Plan, request: QuantizeRequest, job: Job, bench: Workbench) 
     """Quantize every shard; one that fails is told at the end and stops no other."""
     stored = {shard.name: bench.store.seems_to_hold(shard, bench.source) for shard in plan.shards}
     artifacts.show_plan(plan, stored)
-    progress = artifacts.Progress(plan.source_bytes)
+    tally = Tally(
+        {shard.name: shard.size for shard in plan.shards},
+        {name for name, is_stored in stored.items() if is_stored},
+        time.monotonic(),
+    )
     found: dict[str, ShardOutcome] = {}
     failures: list[tuple[str, BaseException]] = []
     executor = choose_executor(
         request.executor, request.dask_scheduler or "", job, bench, is_stored=all(stored.values())
     )
-    with closing(executor.map_shards(quantize_shard, plan.shards, job=job)) as results:
+    with (
+        Progress(tally, bench.meter.counts, prefix=artifacts.attempt_prefix()) as progress,
+        closing(executor.map_shards(quantize_shard, plan.shards, job=job)) as results,
+    ):
         for shard, result in results:
             if isinstance(result, ShardOutcome):
                 found[shard.name] = result
             elif not isinstance(result, Interrupted):
                 failures.append((shard.name, result))
-            progress.advance(shard.size)
+            progress.settle(shard.name, result)
+            if not isinstance(result, Interrupted):
+                log_shard(get_run_logger(), shard, result)
     if bench.stop.is_set():
         raise Interrupted(
             f"stopped on request; {len(found)} of {len(plan.shards)} shards are finished, run again to go on"
         )
     if failures:
-        artifacts.show_failures(failures)
+        artifacts.show_failures(failures, len(found))
         raise ShardFailures(failures, len(found))
     return tuple(found[shard.name] for shard in plan.shards)
 
 
-def _confirm(plan: Plan) -> int:
+def _confirm(plan: Plan, job: Job) -> int:
     """Show every shard of a finished destination as one that was not computed."""
     for shard in plan.shards:
-        confirm_shard(uninspected(shard))
+        confirm_shard(uninspected(shard), job)
     return len(plan.shards)

@@ -37,7 +37,7 @@ def quantize_shard(shard: ShardPlan, job: Job) -> ShardOutcome | State[ShardOutc
     with library_logs():  # the flow's may be in another process
         outcome = quantize.find_stored(shard, bench.source, bench.store)
         if outcome is None:
-            outcome = quantize.quantize_shard(shard, bench.source, bench.store, bench.controls())
+            outcome = quantize.quantize_shard(shard, bench.source, bench.store, bench.controls_of(shard.name))
     return cached(outcome) if outcome.is_hit else outcome
 
 
@@ -48,9 +48,9 @@ def quantize_shard(shard: ShardPlan, job: Job) -> ShardOutcome | State[ShardOutc
     persist_result=False,
     cache_result_in_memory=False,
 )
-def confirm_shard(shard: ShardPlan) -> State[None]:
+def confirm_shard(shard: ShardPlan, job: Job) -> State[None]:
     """Show a shard of a destination that was found finished; there is nothing to look up and nothing to compute."""
-    del shard  # for the name of the run
+    del shard, job  # for the name of the run
     return Completed(name=CACHED, message="the destination holds it")
 
 

@@ -91,3 +91,13 @@ def as_bytes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, tuple[int, .
         )
         for name, tensor in tensors.items()
     }
+
+
+def poison(path: Path) -> bytes:
+    """Make the first value of the first projection of a bf16 shard NaN; returns what was there."""
+    whole = path.read_bytes()
+    data = 8 + int.from_bytes(whole[:8], "little")
+    header: dict[str, Any] = json.loads(whole[8:data])
+    begin = data + next(entry["data_offsets"][0] for name, entry in header.items() if name.endswith("_proj.weight"))
+    path.write_bytes(whole[:begin] + b"\xff\x7f" + whole[begin + 2 :])
+    return whole

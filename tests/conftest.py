@@ -33,6 +33,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-goldens", action="store_true", help="write golden files anew instead of comparing")
+    parser.addoption("--pictures", metavar="FOLDER", help="keep the pictures that tests in a browser take")
 
 
 def pytest_unconfigure() -> None:

@@ -32,14 +32,22 @@ def run_id(state: State[Any]) -> UUID:
     return found
 
 
+def _subject(name: str, task: str) -> str:
+    """What a task run is about: `quantize SHARD of MODEL-SCHEME` is about SHARD."""
+    return name.removeprefix(f"{task} ").partition(" of ")[0]
+
+
 def states(flow_run_id: UUID, count: int, task: str = "quantize") -> dict[str, str]:
-    """State name by task run name, as the server shows it once `count` runs of a task are final; it lags behind."""
+    """State name by shard, or what else the runs of a task are about, once `count` of them are final.
+
+    The server lags behind.
+    """
     deadline = time.monotonic() + 60
     while True:
         with get_client(sync_client=True) as client:
             chosen = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
             runs = [run for run in client.read_task_runs(flow_run_filter=chosen) if run.name.startswith(task)]
-        found = {run.name.removeprefix(f"{task} "): run.state.name or "" for run in runs if run.state}
+        found = {_subject(run.name, task): run.state.name or "" for run in runs if run.state}
         if sum(bool(run.state and run.state.is_final()) for run in runs) >= count:
             return found
         assert time.monotonic() < deadline, f"expected {count} final task runs, found {found}"

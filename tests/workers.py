@@ -165,10 +165,15 @@ def state_of(client: SyncPrefectClient, run: UUID) -> str:
     return state.name or "" if state else ""
 
 
-def end_of(client: SyncPrefectClient, run: UUID, seconds: float = 180) -> str:
-    """Wait until a run ends; the name of its state."""
-    wait_until("the run ends", lambda: state_of(client, run) in ENDS, seconds)
-    return state_of(client, run)
+def end_of(client: SyncPrefectClient, run: UUID, seconds: float = 180, attempt: int = 1) -> str:
+    """Wait until a run, or that attempt of it, ends; the name of its state."""
+
+    def last_state() -> str:
+        found = client.read_flow_run(run)
+        name = found.state.name or "" if found.state else ""
+        return name if found.run_count >= attempt and name in ENDS else ""
+
+    return str(wait_until(f"attempt {attempt} of the run ends", last_state, seconds))
 
 
 def shard_runs(client: SyncPrefectClient, run: UUID) -> list[TaskRun]:

@@ -1,4 +1,4 @@
-"""What people see: throttled, escaped, cut, and never the reason for a failure."""
+"""What people see: escaped, cut, and never the reason for a failure."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 
-from shardmill.core.manifest import Totals
+from shardmill.core.digest import Digest
+from shardmill.core.manifest import Manifest, ManifestShard, Totals
 from shardmill.core.receipt import WeightRecord
+from shardmill.core.recipe import uniform
 from shardmill.core.statistics import Statistics
-from shardmill.core.summary import Summary
+from shardmill.core.summary import Decision, Summary
 from shardmill.errors import CheckpointInvalid, Problem, StorageFailed
 from shardmill.flows import artifacts
+from shardmill.flows.picture import Bar, picture_of
+from shardmill.flows.report import report_markdown
 
-NASTY = "model`\n~~~~~~\n<script>|[x](y)\x1b[31m" + "x" * 5000
+NASTY = "model`\n~~~~~~\n<script>|[x](y) ![z](http://e.example/z)\x1b[31m" + "x" * 5000
 
 
 @pytest.fixture
@@ -33,26 +37,22 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 
     monkeypatch.setattr(artifacts, "create_table_artifact", note_table)
     monkeypatch.setattr(artifacts, "create_markdown_artifact", lambda markdown, key, **_: note(key, markdown))
-    monkeypatch.setattr(artifacts, "create_progress_artifact", lambda progress, key, **_: note(key, progress))
-    monkeypatch.setattr(artifacts, "update_progress_artifact", lambda _id, progress: note("update", progress))
+    monkeypatch.setattr(
+        artifacts, "create_link_artifact", lambda link, link_text, key, **_: note(key, (link, link_text))
+    )
     return found
-
-
-def test_progress_is_shown_at_most_every_two_seconds_and_at_the_end(written: list[tuple[str, Any]]) -> None:
-    now = iter([0.0, 0.5, 1.9, 2.0, 3.0, 3.1])
-    progress = artifacts.Progress(100, clock=lambda: next(now))
-    for _ in range(5):
-        progress.advance(20)
-    assert written == [("progress", 0.0), ("update", 60.0), ("update", 100.0)]
 
 
 def test_failures_name_the_way_out_and_foreign_text_is_tamed(written: list[tuple[str, Any]]) -> None:
     refused = CheckpointInvalid(
         [Problem(file=NASTY, tensor=NASTY, kind="k", message=NASTY, way_out="add it to `ignore`")]
     )
-    artifacts.show_failures([("shard", refused), (NASTY, StorageFailed(NASTY))])
+    artifacts.show_failures([("shard", refused), (NASTY, StorageFailed(NASTY))], done=3)
 
-    [(key, (rows, _))] = written
+    [(key, (rows, description))] = written
+    assert description.startswith("2 of 5 shards failed; 3 are finished")
+    assert_tame(description)
+    assert "add it to 'ignore'" in description
     assert key == "failures"
     assert [row["way out"] for row in rows] == ["add it to `ignore`", artifacts.RUN_AGAIN]
     assert all(text.isprintable() and len(text) <= 700 for row in rows for text in row.values())
@@ -67,21 +67,71 @@ def test_a_table_shows_a_thousand_rows_and_says_so(written: list[tuple[str, Any]
     assert "1000 of 1001" in description
 
 
-def test_the_report_keeps_foreign_text_inside_its_fence(written: list[tuple[str, Any]]) -> None:
+def assert_tame(markdown: str) -> None:
+    """Outside of code nothing is left that is more than words, tables and our own picture."""
+    outside = re.sub(r"`[^`\n]*`|!\[[a-z0-9 ]+\]\(data:image/svg\+xml;base64,[A-Za-z0-9+/=]+\)", "", markdown)
+    assert "`" not in outside
+    assert not re.search(r"[<\[\]~\\]|http|script", outside)
+    assert len(max(markdown.split("|"), key=len)) < 30_000
+    assert "\x1b" not in markdown
+
+
+FIGURES = {"destination": NASTY, "shards": 1, "hits": 0, "bytes_read": 8, "seconds": 2.0}
+
+
+def a_result(module: str = NASTY, error: float = 1.0) -> tuple[Manifest, Summary]:
     totals = Totals(
         source_bytes=8, output_bytes=4, quantized_weights=2, quantized_bytes=2, copied_weights=1, copied_bytes=2
     )
-    worst = (WeightRecord(NASTY, NASTY, Statistics(count=1, squared_error=1, squared_weight=2)),)
+    worst = (
+        WeightRecord(module, NASTY, Statistics(count=1, squared_error=error, squared_weight=2, nonzero=4, zeroed=1)),
+    )
     warnings = (Problem(file=NASTY, kind="k", message="m"),)
-    summary = Summary(totals=totals, shards=1, decisions=(), worst=worst, warnings=warnings)
+    decisions = (Decision(action="quantize", reason=NASTY, scheme=NASTY, count=9, names=(NASTY,) * 6),)
+    digest = Digest("sha256", "0" * 64)
+    shard = ManifestShard(name=NASTY, key="k", size=4, digest=digest, tensors=(), weights=worst)
+    manifest = Manifest(plan="p", recipe=uniform("W4A16"), files=(), warnings=warnings, totals=totals, shards=(shard,))
+    return manifest, Summary(totals=totals, shards=1, decisions=decisions, worst=worst, warnings=warnings)
 
-    artifacts.show_report(summary, {"shards": 1})
+
+def test_the_report_keeps_foreign_text_in_code(written: list[tuple[str, Any]]) -> None:
+    artifacts.show_report(*a_result(), FIGURES)
 
     [(key, markdown)] = written
     assert key == "report"
-    assert len(re.findall(r"^~~~~~~", markdown, re.MULTILINE)) == 2
-    assert markdown.endswith("\n~~~~~~")
-    assert "\x1b" not in markdown
+    assert_tame(markdown)
+    rows = [line for line in markdown.split("\n") if line.startswith("|")]
+    assert {row.count("|") for row in rows} == {3, 5, 6}
+    assert "2 more" in markdown
+    assert "does not measure" in markdown
+
+
+@pytest.mark.parametrize("error", [0.0, 1.0, float("nan"), float("inf")])
+def test_the_report_has_a_picture_for_each_stack_of_layers(error: float) -> None:
+    manifest, summary = a_result(f"{NASTY}.7.mlp", error)
+
+    markdown = report_markdown(manifest, summary, FIGURES)
+
+    assert_tame(markdown)
+    assert markdown.count("![relative error by layer](data:image/svg+xml;base64,") == 1
+
+
+def test_a_picture_has_a_bar_and_a_dot_for_every_layer_and_few_numbers() -> None:
+    svg = picture_of([Bar(layer, 0.1, 0.25) for layer in range(100)])
+
+    assert svg.count("<circle") == 100
+    assert len(re.findall(r"h[0-9.]+V", svg)) == 100
+    assert re.findall(r">(\d+)</text>", svg) == ["0", *map(str, range(0, 100, 5))]
+    assert ">0.3</text>" in svg
+
+
+def test_only_an_url_is_linked(written: list[tuple[str, Any]]) -> None:
+    artifacts.show_output("/models/out")
+    artifacts.show_output("s3://bucket/a (b)`](http://e.example/")
+
+    assert written == [
+        ("output", ("s3://bucket/a%20%28b%29%60%5D%28http://e.example/", "`s3://bucket/a (b)'](http://e.example/`"))
+    ]
 
 
 @pytest.mark.parametrize("error", [httpx.ConnectError("no server"), OSError("no network")])
@@ -92,9 +142,9 @@ def test_an_artifact_that_cannot_be_written_is_a_warning(
         raise error
 
     monkeypatch.setattr(artifacts, "create_table_artifact", fail)
-    monkeypatch.setattr(artifacts, "create_progress_artifact", fail)
+    monkeypatch.setattr(artifacts, "create_link_artifact", fail)
 
     artifacts.show_problems([Problem(kind="k", message="m")])
-    artifacts.Progress(1).advance(1)
+    artifacts.show_output("s3://bucket/result")
 
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]

@@ -63,14 +63,6 @@ def test_a_second_run_into_another_destination_reads_no_tensor(ask: Ask, tmp_pat
     assert files(tmp_path / "other") == files(tmp_path / "result")
 
 
-def poison(path: Path) -> bytes:
-    """Make the first value of a shard NaN; returns what was there."""
-    whole = path.read_bytes()
-    data = 8 + int.from_bytes(whole[:8], "little")
-    path.write_bytes(whole[:data] + b"\xff\x7f" + whole[data + 2 :])
-    return whole
-
-
 def twelve_shards(root: Path) -> Path:
     weights: list[dict[str, Tensor]] = [
         {f"model.layers.{n}.mlp.down_proj.weight": checkpoints.gaussian(n, 64, 128)} for n in range(12)
@@ -83,7 +75,7 @@ def test_one_bad_shard_of_twelve_fails_the_run_and_only_it_is_done_again(
 ) -> None:
     source = twelve_shards(tmp_path / "twelve")
     bad = source / "model-00005-of-00012.safetensors"
-    healthy = poison(bad)
+    healthy = checkpoints.poison(bad)
 
     failed = quantize_checkpoint(ask(source=str(source)), return_state=True)
 
@@ -248,5 +240,5 @@ def test_the_run_is_named_and_shows_its_artifacts(ask: Ask) -> None:
     shown = artifacts(run_id(state))
     assert set(shown) == {"plan", "progress", "report"}
     assert float(shown["progress"]) == 100
-    assert [row["store"] for row in json.loads(shown["plan"])] == ["source not read yet"] * 4
+    assert [row["store"] for row in json.loads(shown["plan"])] == ["unknown"] * 4
     assert "bits per weight" in shown["report"]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar, cast
 
 from prefect.utilities.annotations import quote
@@ -27,6 +27,32 @@ class Job:
     """Names the flow run."""
     locations: Locations
     options: RunOptions
+    label: str = ""
+    """Checkpoint and scheme, for people; foreign text that was made printable and cut."""
+
+
+class Meter:
+    """Source bytes that shards in work in this process have read so far."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: dict[str, int] = {}
+
+    def begin(self, shard: str) -> Callable[[int], None]:
+        """Count a shard's bytes from nothing, also when it is tried again; returns what is told about them."""
+
+        def count(size: int) -> None:
+            with self._lock:
+                self._counts[shard] += size
+
+        with self._lock:
+            self._counts[shard] = 0
+        return count
+
+    def counts(self) -> dict[str, int]:
+        """Bytes by shard, of those that were begun, the finished ones among them."""
+        with self._lock:
+            return dict(self._counts)
 
 
 class Workbench:
@@ -35,6 +61,7 @@ class Workbench:
     def __init__(self, job: Job) -> None:
         self.store = job.locations.open_store(job.options.verify)
         self.stop = threading.Event()
+        self.meter = Meter()
         self._job = job
         self._lock = threading.Lock()
         self._controls: Controls | None = None
@@ -55,6 +82,10 @@ class Workbench:
                 devices = _own_device or resolve_devices(self._job.options.device, self._job.options.workers)
                 self._controls = Controls(DevicePool(devices), self.stop.is_set)
             return self._controls
+
+    def controls_of(self, shard: str) -> Controls:
+        """The same for one shard, whose bytes are counted."""
+        return replace(self.controls(), on_bytes=self.meter.begin(shard))
 
 
 _KEPT: Final = 64

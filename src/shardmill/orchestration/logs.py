@@ -13,6 +13,12 @@ from typing import IO, Any, Final, cast
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.logging.handlers import APILogHandler, PrefectConsoleHandler
 
+from shardmill.core.outcome import ShardOutcome
+from shardmill.core.plan import ShardPlan
+from shardmill.core.summary import human_bytes
+from shardmill.orchestration.names import plain
+from shardmill.orchestration.progress import speed
+
 
 class _RunLogHandler(APILogHandler):
     """Sends what the library says within a run to the run's log; elsewhere there is no run to send it to."""
@@ -22,6 +28,9 @@ class _RunLogHandler(APILogHandler):
             super().emit(record)
 
 
+_CAUSE_LIMIT: Final = 300
+_SHORTEST: Final = 0.001
+"""Seconds below which a rate says nothing."""
 _handler: Final = _RunLogHandler(logging.INFO)
 _users: list[int] = []
 """The level that the logger had before, once for everybody who wants its lines."""
@@ -49,6 +58,26 @@ def library_logs() -> Iterator[None]:
             if not _users:
                 logger.removeHandler(_handler)
                 logger.setLevel(level)
+
+
+def log_shard(
+    logger: logging.Logger | logging.LoggerAdapter[logging.Logger],
+    shard: ShardPlan,
+    result: ShardOutcome | BaseException,
+) -> None:
+    """Write the one line that a shard gets, and at DEBUG one for each of its weights that was computed."""
+    name = plain(shard.name)
+    if not isinstance(result, ShardOutcome):
+        first = str(result).partition("\n")[0]
+        logger.error("shard %s: failed, %s: %s", name, type(result).__name__, plain(first, _CAUSE_LIMIT))
+        return
+    took = f" in {result.seconds:.1f} s, {speed(shard.size / result.seconds)}" if result.seconds >= _SHORTEST else ""
+    logger.info("shard %s: %s%s, %s", name, human_bytes(shard.size), took, "hit" if result.is_hit else "miss")
+    if result.is_hit or not logger.isEnabledFor(logging.DEBUG):
+        return
+    for weight in result.receipt.weights:
+        error = weight.statistics.relative_error
+        logger.debug("tensor %s: %s, relative error %.4f", plain(weight.module), weight.scheme, error)
 
 
 class _LastingOutput:
