@@ -223,6 +223,7 @@ def test_a_run_ends_or_goes_on_and_no_finished_shard_is_done_again(
     with service.client as client, service.worker(**SLOW) as worker:
         trial = Trial(service, client, tmp_path, worker, start(client, request))
         wait_until(f"{STOPPED_AFTER} shards are finished", lambda: len(trial.receipts()) >= STOPPED_AFTER)
+        assert len(trial.receipts()) < SHARDS, "the run is at work"
 
         state = CASES[case](trial)
 

@@ -8,12 +8,12 @@ from shardmill.storage.local import FileWriter
 
 SMALLEST = 4096
 """Bytes of a write that takes time: those of receipts and headers do not."""
-SECONDS = 0.5
+SECONDS = 1.0
 _write = FileWriter.write
 
 
-def _slow_write(writer: FileWriter, data: memoryview) -> None:
-    _write(writer, data)
+def _slow_write(self: FileWriter, data: memoryview) -> None:
+    _write(self, data)
     if data.nbytes >= SMALLEST:
         time.sleep(SECONDS)
 
