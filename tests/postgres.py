@@ -51,7 +51,7 @@ class Cluster:
 
     def dump(self) -> bytes:
         """Everything in the database, as text."""
-        command = [self.programs / "pg_dump", "--dbname", self.url.replace("+asyncpg", "")]
+        command = [str(self.programs / "pg_dump"), "--dbname", self.url.replace("+asyncpg", "")]
         return subprocess.run(command, check=True, capture_output=True).stdout
 
 
@@ -74,16 +74,20 @@ def running_postgres(programs: Path) -> Iterator[Cluster]:
         shutil.chown(path, user)
     cluster = Cluster(free_port(), password, programs)
 
-    def control(program: str, *arguments: str | Path) -> None:
-        command = [programs / program, "--pgdata", home / "data", *arguments]
+    def control(program: str, *arguments: str) -> None:
+        command = [str(programs / program), "--pgdata", str(home / "data"), *arguments]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, user=user, cwd=home)
 
     options = f"-c listen_addresses=127.0.0.1 -c port={cluster.port} -c unix_socket_directories={home}"
     try:
-        control("initdb", "--username", "prefect", "--auth", "scram-sha-256", "--pwfile", secret)
-        control("pg_ctl", "start", "--wait", "--log", home / "server.log", "--options", options)
+        control("initdb", "--username", "prefect", "--auth", "scram-sha-256", "--pwfile", str(secret))
+        control("pg_ctl", "start", "--wait", "--log", str(home / "server.log"), "--options", options)
         try:
-            make = [programs / "createdb", "--maintenance-db", cluster.url.replace("+asyncpg", "")[:-7] + "postgres"]
+            make = [
+                str(programs / "createdb"),
+                "--maintenance-db",
+                cluster.url.replace("+asyncpg", "")[:-7] + "postgres",
+            ]
             subprocess.run([*make, "prefect"], check=True)
             yield cluster
         finally:

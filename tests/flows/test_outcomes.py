@@ -149,7 +149,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         threshold=1,
         within=SILENCE,
     )
-    crash = ChangeFlowRunState(state=StateType.CRASHED, message="no sign of life from the flow")
+    crash = ChangeFlowRunState(
+        name="Crashed", state=StateType.CRASHED, message="no sign of life from the flow", force=False
+    )
     heartbeat = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS)}
     with serving(tmp_path_factory.mktemp("served"), **heartbeat) as found, found.client as client:
         client.create_automation(AutomationCore(name="silent runs", trigger=silence, actions=[crash]))

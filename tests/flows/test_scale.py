@@ -12,7 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -138,7 +138,10 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("database", [on_sqlite, on_postgres])
 def test_five_hundred_shards_lose_no_state_and_are_found_again(
-    database: Callable[[Path], Iterator[tuple[Service, Size]]], many: Path, table: list[str], tmp_path: Path
+    database: Callable[[Path], AbstractContextManager[tuple[Service, Size]]],
+    many: Path,
+    table: list[str],
+    tmp_path: Path,
 ) -> None:
     def request(destination: str) -> QuantizeRequest:
         fixed = {"source": str(many), "scheme": SCHEME, "device": "cpu", "workers": WORKERS}
@@ -154,8 +157,8 @@ def test_five_hundred_shards_lose_no_state_and_are_found_again(
 
     overhead = 1e3 * (first.flow - first.plain) / SHARDS
     cells = (database.__name__.removeprefix("on_"), f"{first.plain:.1f}", f"{first.flow:.1f}", f"{overhead:.1f} ms")
-    cells += (f"{again.flow:.1f}", f"{lag:.1f}", f"{growth / SHARDS / 1e3:.1f} kB")
-    table.append(f"| {' | '.join(cells)} |")
+    more = (f"{again.flow:.1f}", f"{lag:.1f}", f"{growth / SHARDS / 1e3:.1f} kB")
+    table.append(f"| {' | '.join(cells + more)} |")
     assert (first.shards, first.hits) == (SHARDS, 0)
     assert (again.shards, again.hits) == (SHARDS, SHARDS)
     expected = files(tmp_path / "plain" / "result")

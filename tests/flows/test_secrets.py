@@ -6,7 +6,7 @@ import base64
 import secrets
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,8 @@ def forms(canary: str) -> list[bytes]:
 class Keys:
     """Canaries by the place in which a worker finds them."""
 
-    environment: Mapping[str, str]
-    profile: Mapping[str, str]
+    environment: dict[str, str]
+    profile: dict[str, str]
     """For the worker that has them in a file only."""
     all: tuple[str, ...]
 
@@ -107,7 +107,7 @@ def offer_in_url(service: Service, request: Mapping[str, Any], canary: str) -> s
 
 @pytest.mark.parametrize("database", [on_sqlite, on_postgres])
 def test_no_key_is_kept_or_shown(
-    database: Callable[[Path], Iterator[tuple[Service, Dump]]], s3: S3Server, tmp_path: Path
+    database: Callable[[Path], AbstractContextManager[tuple[Service, Dump]]], s3: S3Server, tmp_path: Path
 ) -> None:
     keys, in_url, home = Keys.make(tmp_path), new_canary("URL"), tmp_path / "served"
     bucket = s3.new_bucket()
