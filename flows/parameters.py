@@ -32,7 +32,8 @@ LOCATION_PATTERN: Final = r"^(?!.*://[^/]*@)(/|~|[A-Za-z][A-Za-z0-9+.-]*://)[^\x
 """An absolute path or a URL; no user name or password, since parameters are stored and shown in clear."""
 _DEVICE_PATTERN: Final = r"^[a-z]+(:[0-9]+)?(,[a-z]+(:[0-9]+)?)*(?!\n)$"
 _SCHEDULER_PATTERN: Final = r"^(tcp|tls)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}(?!\n)$"
-_DEPLOYMENT_PATTERN: Final = r"^[^/]+/[^/]+(?!\n)$"
+_DEPLOYMENT_PATTERN: Final = r"^(?!quantize-batch/)[^/]+/[^/]+(?!\n)$"
+"""A batch that started itself would wait for ever."""
 _CHOICES: Final = ("group_size", "ignore", "default_ignores", "indivisible", "expert_layout", "partial_fused")
 """Fields that a recipe replaces."""
 
@@ -217,11 +218,12 @@ class Batch(_Form):
         default=0, ge=0, le=100_000, description="Leave checkpoints with a younger file for a later batch."
     )
     deployment: str | None = Field(
-        default="quantize-checkpoint/cpu",
+        default=None,
         max_length=300,
         pattern=_DEPLOYMENT_PATTERN,
-        description="Deployment that converts each checkpoint in a run of its own. Empty: one after the other in the "
-        "run of the batch, as where there is no server.",
+        description="Deployment that converts each checkpoint in a run of its own; none for the one of "
+        "quantize-checkpoint that is called as the batch's own, such as cpu. A batch that was started without a "
+        "deployment converts one after the other in its own process.",
         examples=["quantize-checkpoint/gpu"],
     )
 

@@ -18,7 +18,7 @@ from uuid import UUID
 
 from prefect import flow
 from prefect.client.schemas.objects import State
-from prefect.runtime import flow_run
+from prefect.runtime import deployment, flow_run
 
 from shardmill.core.batch import Entry, Found, check_distinct, check_template, destination_of
 from shardmill.core.plan import made_of
@@ -218,9 +218,10 @@ def _convert(request: BatchRequest, items: Sequence[_Item]) -> Iterator[tuple[_I
     ]
     if not children:
         return
-    if request.deployment and is_served():
+    name = request.deployment or _sibling()
+    if name and is_served():
         made = Deployment(
-            name=request.deployment,
+            name=name,
             max_parallel=request.max_parallel,
             parent=UUID(flow_run.id) if flow_run.id else None,
             attempt=flow_run.run_count or 0,
@@ -232,6 +233,11 @@ def _convert(request: BatchRequest, items: Sequence[_Item]) -> Iterator[tuple[_I
     else:
         for child, end in in_turn(children, lambda child: _call(by_key[child.key].request)):
             yield by_key[child.key], end
+
+
+def _sibling() -> str:
+    """The deployment of conversions that is called as the one of this batch; empty where it has none."""
+    return f"{quantize_checkpoint.name}/{deployment.name}" if deployment.name else ""
 
 
 def _call(request: QuantizeRequest) -> State[Any]:

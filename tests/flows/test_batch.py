@@ -353,6 +353,21 @@ def test_each_checkpoint_is_a_run_of_the_deployment(ask: AskBatch, incoming: Pat
     assert {str(run.id) for run in made} == {row["run"] for row in rows.values()}
 
 
+def test_a_batch_starts_runs_of_the_deployment_that_is_called_as_its_own(
+    ask: AskBatch, deployment: str, hand: Hand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__NAME", deployment.rpartition("/")[2])
+    state = quantize_batch(ask(deployment=None, max_parallel=3), return_state=True)
+    assert state.is_completed()
+    assert hand.most == 3
+    assert all(row["run"] for row in table(state).values())
+
+
+def test_a_batch_cannot_start_itself(ask: AskBatch) -> None:
+    with pytest.raises(ValueError, match="deployment"):
+        ask(deployment="quantize-batch/cpu")
+
+
 def test_a_missing_deployment_is_refused(ask: AskBatch, converted: list[str]) -> None:
     with pytest.raises(DeploymentInvalid, match="no such deployment"):
         quantize_batch(ask(deployment="quantize-checkpoint/absent"))
