@@ -233,7 +233,11 @@ def test_the_oracles_shards_are_of_every_kind() -> None:
     other: Table = {"model.layers.0.self_attn.k_proj.weight": ("BF16", (5, 32))}
     config = {"model_type": "gpt_oss", "hidden_size": 256, "moe_intermediate_size": 32}
     first, _ = plans([table, other], [{"scheme": "NVFP4A16"}], config)
-    found = list(pieces.cut(first, first.layout().units, BlockSize(KIB)))
+    found = [
+        piece
+        for piece in pieces.cut(first, first.layout().units, BlockSize(KIB))
+        if not isinstance(piece, pieces.Twice)
+    ]
     assert {type(piece) for piece in found} == {pieces.Measure, pieces.Encode, pieces.Slab}
     assert {piece.span.shard for piece in found if isinstance(piece, pieces.Measure)} == set(first.sources)
     assert len(first.sources) == 2

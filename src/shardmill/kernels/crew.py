@@ -30,6 +30,9 @@ _WAKE_SECONDS: Final = 0.5
 class Job(Protocol):
     """Work in pieces that several threads do together."""
 
+    def is_ready(self) -> bool:
+        """Whether a step would not have to wait for other jobs. Asked under a lock of the crew, and raises nothing."""
+
     def step(self) -> bool:
         """Take a piece and finish it; False when none was left to take."""
 
@@ -85,6 +88,8 @@ class Crew:
         self._shifts: list[_Shift] = []
         self._changed = threading.Condition()
         self._started = 0
+        self._waiting = 0
+        """Threads that wait for a job to get ready."""
 
     def take_lane(self) -> Lane:
         """A lane that nobody uses; give it back when what it encoded is written."""
@@ -145,11 +150,11 @@ class Crew:
 
     @contextmanager
     def _join_a_shift(self) -> Iterator[_Shift]:
-        """Wait for a job with pieces left, and choose the one that fewest threads work on."""
+        """Wait for a job with pieces left that is ready, and choose the one that fewest threads work on."""
         with self._changed:
-            while not (open_shifts := [shift for shift in self._shifts if not shift.is_taken]):
-                self._changed.wait()
-            shift = min(open_shifts, key=lambda shift: shift.threads)
+            while not (ready := [shift for shift in self._shifts if not shift.is_taken and shift.job.is_ready()]):
+                self._wait_for_jobs()
+            shift = min(ready, key=lambda shift: shift.threads)
             shift.threads += 1
         try:
             yield shift
@@ -161,6 +166,15 @@ class Crew:
                         self._shifts.remove(shift)
                     shift.done.set()
                     self._changed.notify_all()
+                elif self._waiting:
+                    self._changed.notify_all()  # what this step gave back may be what another job waits for
+
+    def _wait_for_jobs(self) -> None:
+        """Wait for a job; also for one to get ready, which something outside the crew may bring about unheard."""
+        has_some = any(not shift.is_taken for shift in self._shifts)
+        self._waiting += 1
+        self._changed.wait(_WAKE_SECONDS if has_some else None)
+        self._waiting -= 1
 
 
 _crews: Final[dict[tuple[str, bool], Crew]] = {}

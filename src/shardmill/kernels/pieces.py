@@ -49,6 +49,13 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True)
+class Twice:
+    """Not work, but a word ahead: these ranges come twice now, first to be measured, then to be encoded."""
+
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Measure:
     """Rows that are read for the extent of a tensor or fused set."""
 
@@ -175,7 +182,7 @@ def gather_rows(slab: memoryview, unit: Unit, first: int, count: int) -> memoryv
     return gather(slab, unit.tensor.dtype, unit.slab, rows, transposed=unit.transposed)
 
 
-def cut(shard: ShardPlan, units: Sequence[Unit], block: BlockSize) -> Iterator[Piece]:
+def cut(shard: ShardPlan, units: Sequence[Unit], block: BlockSize) -> Iterator[Piece | Twice]:
     """Cut the work on a shard into pieces, in the order of its units; `block` may shrink meanwhile."""
     fused = {tensor.spec.name: tensor.fused for tensor in shard.tensors if tensor.fused}
     measured: set[str] = set()
@@ -192,6 +199,7 @@ def cut(shard: ShardPlan, units: Sequence[Unit], block: BlockSize) -> Iterator[P
                 key, refs = _extent_of(shard, unit, unit.scheme, fused.get(unit.tensor.name, ()))
                 if key not in measured:
                     measured.add(key)
+                    yield Twice(tuple(_span_of(ref) for ref in refs if ref.shard == shard.name))
                     for ref in refs:
                         yield from _measures(key, ref, block)
             yield from _encodes(shard, number, unit, unit.scheme, key, block)
@@ -232,6 +240,10 @@ def _extent_of(
         name, begin, shape = spec.name, unit.begin + unit.first * row_bytes, (unit.rows, unit.cols)
     whole = spec._replace(name=name, shape=shape, begin=begin, end=begin + shape[0] * row_bytes)
     return f"{begin}:{whole.end}", (TensorRef(shard.name, shard.data_start, whole),)
+
+
+def _span_of(ref: TensorRef) -> Span:
+    return Span(ref.shard, ref.data_start + ref.spec.begin, ref.spec.nbytes)
 
 
 def _measures(key: str, ref: TensorRef, block: BlockSize) -> Iterator[Measure]:

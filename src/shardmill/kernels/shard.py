@@ -13,7 +13,7 @@ from __future__ import annotations
 import struct
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import IO, Final
@@ -25,12 +25,14 @@ from shardmill.core.statistics import Extent, Statistics
 from shardmill.errors import Interrupted, NonFiniteWeight
 from shardmill.kernels.crew import Crew, crew_of
 from shardmill.kernels.lanes import EncodedBlock, Lane, needs_torch
-from shardmill.kernels.pieces import Copy, Encode, Measure, Piece, Slab, cut
+from shardmill.kernels.pieces import Copy, Encode, Measure, Piece, Slab, Twice, cut
 
 WriteChunk = Callable[[memoryview], None]
 """Appends bytes to the data section of the output shard."""
 ReadRange = Callable[[str, int, memoryview], None]
 """Fills the view with bytes of the named shard, from an offset counted from the start of its file."""
+Announce = Callable[[Sequence[tuple[int, int]]], bool]
+"""Hears of ranges of the shard's own file, begin and end, that are read twice from now on; False to be asked later."""
 NewScratch = Callable[[], IO[bytes]]
 """Makes a nameless file for what does not fit into memory."""
 
@@ -39,18 +41,24 @@ HELD_BYTES: Final = 8 << 20
 _COPY_OUT_BYTES: Final = 4 << 20
 
 
+def _at_once(_ranges: Sequence[tuple[int, int]]) -> bool:
+    return True
+
+
 def encode_shard(
     shard: ShardPlan,
     read: ReadRange,
     write: WriteChunk,
     *,
     device: str = "cpu",
+    announce: Announce = _at_once,
     should_stop: Callable[[], bool] = bool,
     new_scratch: NewScratch = tempfile.TemporaryFile,
 ) -> tuple[WeightRecord, ...]:
     """Compute one output shard and hand its data section to `write`, in the planned order and without the header.
 
-    `read` and `write` are called from several threads, each from one at a time.
+    `read` and `write` are called from several threads, each from one at a time. Where `announce` puts the shard off,
+    other shards are worked on until it agrees.
 
     Raises:
         NonFiniteWeight: NaN or Inf in a weight that is to be quantized; the first in the order of the output.
@@ -60,7 +68,7 @@ def encode_shard(
     crew = crew_of(device, is_torch=needs_torch(shard, device))
     layout = shard.layout()
     output = _Output(layout, write, new_scratch)
-    encoding = _Encoding(crew, cut(shard, layout.units, crew.block), read, output, should_stop)
+    encoding = _Encoding(crew, cut(shard, layout.units, crew.block), read, announce, output, should_stop)
     try:
         crew.work_on(encoding)
     finally:
@@ -223,11 +231,14 @@ class _Encoding:
     """The job of one shard: `step` takes the next piece, works on it, and writes what is next in order."""
 
     crew: Crew
-    pieces: Iterator[Piece]
+    pieces: Iterator[Piece | Twice]
     read: ReadRange
+    announce: Announce
     output: _Output
     should_stop: Callable[[], bool]
     taken: int = 0
+    put_off: Twice | None = None
+    """What was announced and put off; no piece is taken until it is heard."""
     written: int = 0
     is_over: bool = False
     """Whether no more pieces are to be taken, because one failed."""
@@ -240,6 +251,15 @@ class _Encoding:
     taking: threading.Lock = field(default_factory=threading.Lock)
     changed: threading.Condition = field(default_factory=threading.Condition)
 
+    def is_ready(self) -> bool:
+        """Whether there is no need to wait for room that other shards hold."""
+        if self.put_off is not None and (self.is_over or self.should_stop() or self._announce(self.put_off)):
+            self.put_off = None
+        return self.put_off is None
+
+    def _announce(self, twice: Twice) -> bool:
+        return self.announce([(span.begin, span.begin + span.length) for span in twice.spans])
+
     def step(self) -> bool:
         """Take a piece and finish it; False when none was left to take."""
         lane = self.crew.take_lane()
@@ -248,7 +268,7 @@ class _Encoding:
                 taken = self._take(lane)
             if taken is None:
                 self.crew.give_lane(lane)
-                return False
+                return self.put_off is not None
             number, piece, data = taken
             with self._booked_until_failure(piece):
                 write = self._work(piece, lane, data)
@@ -266,11 +286,11 @@ class _Encoding:
 
     def _take(self, lane: Lane) -> tuple[int, Piece, memoryview] | None:
         """The next piece and its source bytes; reading is in order because the lock is held."""
-        if self.is_over:
+        if self.is_over or self.put_off is not None:
             return None
         if self.should_stop():
             raise Interrupted("stopped on request; finished shards stay in the store, run again to go on")
-        piece = next(self.pieces, None)
+        piece = self._next_piece()
         if piece is None or not self.crew.window.book(piece.held_bytes, lambda: self.is_over):
             return None
         with self._booked_until_failure(piece):
@@ -283,6 +303,16 @@ class _Encoding:
         number = self.taken
         self.taken += 1
         return number, piece, data
+
+    def _next_piece(self) -> Piece | None:
+        """The next piece; None when there is none, or while what comes twice is put off."""
+        for piece in self.pieces:
+            if not isinstance(piece, Twice):
+                return piece
+            if not self._announce(piece):
+                self.put_off = piece
+                return None
+        return None
 
     @contextmanager
     def _booked_until_failure(self, piece: Piece) -> Iterator[None]:

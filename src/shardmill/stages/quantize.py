@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -88,7 +88,10 @@ class _Sources:
 
     def read(self, name: str, offset: int, view: memoryview) -> None:
         """Read bytes of a source shard."""
-        self.open(name).read_into(offset, view)
+        reader = self.open(name)
+        if self.hash is not None and name == self.shard.name:
+            self.hash.reach(offset)
+        reader.read_into(offset, view)
         if name != self.shard.name:
             if self.source.folder.traits.is_remote:
                 self._confirm(name, offset, view)
@@ -98,6 +101,10 @@ class _Sources:
         fresh = min(len(view), self.shard.size - self.reported)
         self.reported += fresh
         self.on_bytes(fresh)
+
+    def announce(self, ranges: Sequence[tuple[int, int]]) -> bool:
+        """Hear of ranges of the shard itself that are about to be read twice; see `Reader.announce`."""
+        return self.open(self.shard.name).announce(ranges)
 
     def _confirm(self, name: str, offset: int, view: memoryview) -> None:
         """Read a part of another shard once more: its digest, which is of the whole, cannot vouch for it."""
@@ -220,6 +227,7 @@ def _compute(sources: _Sources, store: Store, controls: Controls) -> Receipt:
                 sources.read,
                 writer.write,
                 device=device,
+                announce=sources.announce,
                 should_stop=controls.should_stop,
                 new_scratch=store.new_scratch,
             )

@@ -1,11 +1,18 @@
-"""A remote file as a `Reader`: aligned blocks, fetched ahead, kept while there is room, the same at every read."""
+"""A remote file as a `Reader`: aligned blocks, fetched ahead, kept while there is room, the same at every read.
+
+What is about to be read twice is announced, and stays until it was: for that, all readers of a process share one room,
+so that what they hold is bounded however many they are. Besides that each has a few blocks of its own, so that none of
+them ever waits for another.
+"""
 
 from __future__ import annotations
 
 import errno
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 
@@ -17,9 +24,124 @@ from shardmill.storage.folder import FileIdentity
 _TRIES: Final = 2
 """Fetches of a block that must differ from the first one before the difference is believed."""
 
+KEPT_BYTES: Final = 256 << 20
+"""What the readers of a process may keep together, beside their own blocks, for a second read."""
+
 
 def _nothing() -> None:
     """Do nothing."""
+
+
+class KeptRoom:
+    """Bytes that readers lend each other to keep what they read twice, and buffers that go from one to the next.
+
+    Who holds a part of it never waits for more, so whoever waits is served when the others have read on.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.limit = nbytes
+        self._lent: dict[int, int] = {}
+        """By reader; those that hold nothing are not in it."""
+        self._spare: list[bytearray] = []
+        """Buffers whose memory is in use already, which costs as much as to fill them."""
+        self._spare_bytes = 0
+        self._readers = 0
+        self._lock = threading.Lock()
+
+    @property
+    def lent(self) -> int:
+        """Bytes that are lent."""
+        return sum(self._lent.values())
+
+    def enter(self) -> None:
+        """Note a reader."""
+        with self._lock:
+            self._readers += 1
+
+    def leave(self, reader: int) -> None:
+        """Take back all that a reader holds; the last one leaves no memory behind."""
+        with self._lock:
+            self._lent.pop(reader, None)
+            self._readers -= 1
+            if not self._readers:
+                self._spare.clear()
+                self._spare_bytes = 0
+
+    def borrow(self, reader: int, nbytes: int) -> int | None:
+        """Lend so many bytes, or as many as there are; None where it is worth waiting for others to give back.
+
+        >>> room = KeptRoom(10)
+        >>> room.borrow(1, 8), room.borrow(2, 4), room.borrow(1, 4), room.borrow(2, 0)
+        (8, None, 2, 0)
+        """
+        with self._lock:
+            wanted = min(nbytes, self.limit)
+            free = self.limit - self.lent
+            if free < wanted and reader not in self._lent:
+                return None
+            granted = min(free, wanted)
+            if granted:
+                self._lent[reader] = self._lent.get(reader, 0) + granted
+            return granted
+
+    def give_back(self, reader: int, nbytes: int) -> None:
+        """Take back some of what a reader holds."""
+        with self._lock:
+            self._lent[reader] -= nbytes
+            if not self._lent[reader]:
+                del self._lent[reader]
+
+    def buffer(self, nbytes: int) -> bytearray:
+        """Memory of exactly this size."""
+        with self._lock:
+            for number, spare in enumerate(self._spare):
+                if len(spare) == nbytes:
+                    self._spare_bytes -= nbytes
+                    return self._spare.pop(number)
+        return bytearray(nbytes)
+
+    def put_by(self, buffer: bytearray) -> None:
+        """Keep memory for others that nothing writes to any more, as much as is not lent at the moment."""
+        with self._lock:
+            if self._spare_bytes + len(buffer) <= self.limit - self.lent:
+                self._spare.append(buffer)
+                self._spare_bytes += len(buffer)
+
+
+_room = KeptRoom(KEPT_BYTES)
+
+
+def _after_fork() -> None:
+    global _room  # noqa: PLW0603 - another thread may have held its lock when this process split off
+    _room = KeptRoom(KEPT_BYTES)
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+@dataclass(slots=True)
+class _Twice:
+    """A range that is read twice: all of it, then all of it again."""
+
+    begin: int
+    end: int
+    kept: int
+    """End of what is kept in between, aligned to blocks; the rest is fetched again."""
+    lent: int
+    """Bytes of the shared room that it holds."""
+    seen: int
+    """How far the first read came."""
+    done: int
+    """How far the second one came."""
+
+    def read(self, offset: int, end: int) -> None:
+        """Take note of a read."""
+        if offset >= self.end or end <= self.begin:
+            return
+        if self.seen < self.end:
+            self.seen = max(self.seen, min(end, self.end))
+        else:
+            self.done = max(self.done, min(end, self.end))
 
 
 class _Block:
@@ -50,7 +172,7 @@ class BlockReader:
 
     How far it fetches ahead follows the reads: the first one fetches the blocks it needs, and each one that goes
     forward into new blocks doubles the distance. Blocks that were read stay until their room is needed; once one of
-    them had to be fetched again, half of the room is left to such blocks.
+    them had to be fetched again, half of the room is left to such blocks. What `announce` told of stays longer.
     """
 
     def __init__(
@@ -61,6 +183,7 @@ class BlockReader:
         block_bytes: int = 8 << 20,
         blocks: int = 8,
         on_close: Callable[[], None] = _nothing,
+        room: KeptRoom | None = None,
     ) -> None:
         """Take a file without reading it.
 
@@ -70,15 +193,21 @@ class BlockReader:
                 and fails with `SourceChanged` when the file is another one by now. Once the future is done, nothing
                 writes into the view; one that could be cancelled may still do.
             block_bytes: bytes fetched by one request.
-            blocks: most blocks in memory.
+            blocks: most blocks in memory, but for those that are kept in the room.
             on_close: called once, when nothing is in flight any more.
+            room: for what is read twice; that of the process unless given.
         """
         self.identity = identity
         self.bytes_read = 0
         self._submit = submit
         self._block_bytes = max(1, min(block_bytes, identity.size))
-        self._most = max(1, blocks)
+        self._own = max(1, blocks)
         self._on_close = on_close
+        self._room = room or _room
+        self._room.enter()
+        self._twice: list[_Twice] = []
+        self._lent = 0
+        """Blocks beyond its own that it may have."""
         self._changed = threading.Condition()
         """Guards what follows; notified when a block arrives or is let go."""
         self._held: dict[int, _Block] = {}
@@ -88,7 +217,7 @@ class BlockReader:
         self._tick = 0
         self._reach = 0
         """How many blocks behind the last one that is asked for are fetched ahead."""
-        self._reach_limit = self._most
+        self._reach_limit = self._own
         self._last: int | None = None
         """Last block that the latest read asked for."""
         self._is_closed = False
@@ -103,14 +232,82 @@ class BlockReader:
             if self._is_closed:
                 return
             self._is_closed = True
-            flying = [block.future for block in self._held.values()]
+            blocks = list(self._held.values())
             self._held.clear()
             self._changed.notify_all()
         try:
-            wait([future for future in flying if not future.cancel()])
+            wait([block.future for block in blocks if not block.future.cancel()])
+            quiet = [block.buffer for block in blocks if not block.pins and not block.future.cancelled()]
+            for buffer in (*self._free, *quiet):
+                self._room.put_by(buffer)
         finally:
             self._free.clear()
+            self._room.leave(id(self))
             self._on_close()
+
+    def announce(self, ranges: Sequence[tuple[int, int]]) -> bool:
+        """Tell of ranges, begin and end, that are about to be read twice: all of them in order, then all again.
+
+        What finds room stays in memory meanwhile; what does not is fetched twice. False where it is better to come back
+        later, because other readers will give room back; never to one that keeps something already.
+        """
+        spans = [(begin, end) for begin, end in ranges if begin < end]
+        if not spans:
+            return True
+        hull = min(begin for begin, _ in spans), max(end for _, end in spans)
+        if self._span(*hull) * self._block_bytes <= self._room.limit:
+            spans = [hull]  # gaps are read with it by whoever takes the digest of the file
+        with self._changed:
+            granted = self._room.borrow(id(self), sum(self._span(*span) for span in spans) * self._block_bytes)
+            if granted is None:
+                return False
+            for begin, end in spans:
+                count = min(self._span(begin, end), granted // self._block_bytes)
+                granted -= self._keep(begin, end, count)
+            if granted:
+                self._room.give_back(id(self), granted)
+        return True
+
+    def _keep(self, begin: int, end: int, count: int) -> int:
+        """Keep the first blocks of a range; returns their bytes."""
+        nbytes = count * self._block_bytes
+        kept = min(end, (begin // self._block_bytes + count) * self._block_bytes) if count else begin
+        self._twice.append(_Twice(begin, end, kept, nbytes, begin, begin))
+        self._lent += count
+        return nbytes
+
+    def _span(self, begin: int, end: int) -> int:
+        """Blocks that a range touches."""
+        return -(-end // self._block_bytes) - begin // self._block_bytes if begin < end else 0
+
+    def _read_on(self, offset: int, end: int) -> None:
+        """Give back the room of what was read twice by now."""
+        for twice in self._twice:
+            twice.read(offset, end)
+            rest = self._span(twice.done, twice.kept) * self._block_bytes
+            if rest < twice.lent:
+                self._room.give_back(id(self), twice.lent - rest)
+                self._lent -= (twice.lent - rest) // self._block_bytes
+                twice.lent = rest
+        self._twice = [twice for twice in self._twice if twice.done < twice.end]
+        self._trim((end - 1) // self._block_bytes)
+        self._changed.notify_all()
+
+    def _trim(self, index: int) -> None:
+        """Leave buffers to others, as many as it has too many; the block that is read now stays."""
+        while self._allocated > self._most and (self._free or self._drop_one(index, index)):
+            if self._free:
+                self._allocated -= 1
+                self._room.put_by(self._free.pop())
+
+    @property
+    def _most(self) -> int:
+        """Blocks that it may have at the moment."""
+        return self._own + self._lent
+
+    def _is_kept(self, index: int) -> bool:
+        begin, end = index * self._block_bytes, (index + 1) * self._block_bytes
+        return any(twice.done < end and begin < twice.kept and twice.begin < end for twice in self._twice)
 
     def read_into(self, offset: int, view: memoryview) -> None:
         """Fill `view` with the bytes from `offset` on.
@@ -136,6 +333,9 @@ class BlockReader:
             start = index * self._block_bytes
             begin, stop = max(offset, start), min(end, start + self._block_bytes)
             self._copy(index, last, begin - start, view[begin - offset : stop - offset])
+        if self._twice:
+            with self._changed:
+                self._read_on(offset, end)
 
     def _follow(self, first: int, last: int) -> None:
         """Fetch farther ahead while reads go forward, less far when they jump to what is not there."""
@@ -210,9 +410,16 @@ class BlockReader:
             self._changed.notify_all()
 
     def _look_ahead(self, index: int, last: int) -> None:
-        end = min(last + self._reach + 1, index + self._most, -(-self.identity.size // self._block_bytes))
-        for ahead in range(index + 1, end):
-            if ahead not in self._held:
+        """Fetch what follows; blocks that are kept are passed over, so that what comes after them is there in time."""
+        left = min(last + self._reach - index, self._own - 1)
+        for ahead in range(index + 1, -(-self.identity.size // self._block_bytes)):
+            if left < 1:
+                return
+            is_held = ahead in self._held
+            if is_held and self._is_kept(ahead):
+                continue
+            left -= 1
+            if not is_held:
                 if not self._make_room(index, ahead):
                     return
                 self._start(ahead)
@@ -221,7 +428,7 @@ class BlockReader:
         if self._free:
             buffer = self._free.pop()
         else:
-            buffer = bytearray(self._block_bytes)
+            buffer = self._room.buffer(self._block_bytes)
             self._allocated += 1
         if index in self._digests:
             self._reach_limit = max(1, self._most // 2)
@@ -241,9 +448,17 @@ class BlockReader:
 
     def _make_room(self, first: int, last: int) -> bool:
         """Whether there is a buffer, if need be that of an idle block outside `first` to `last`."""
-        if self._free or self._allocated < self._most:
-            return True
-        idle = [block for block in self._held.values() if block.is_idle and not first <= block.index <= last]
+        return bool(self._free) or self._allocated < self._most or self._drop_one(first, last)
+
+    def _drop_one(self, first: int, last: int) -> bool:
+        """Drop an idle block outside `first` to `last`, if there is one that is not kept or has failed."""
+        idle = [
+            block
+            for block in self._held.values()
+            if block.is_idle
+            and not first <= block.index <= last
+            and (block.has_failed or not self._is_kept(block.index))
+        ]
         if not idle:
             return False
         self._drop(min(idle, key=lambda block: self._worth(block, first)))

@@ -7,7 +7,7 @@ kind it works with; what a kind cannot do is told by `Folder.traits`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -87,6 +87,12 @@ class Reader(Protocol):
             SourceChanged: the file is another one by now, or ends before the view is full.
             StorageFailed: the storage refuses.
             TransferDamaged: bytes that were read twice differ.
+        """
+
+    def announce(self, ranges: Sequence[tuple[int, int]]) -> bool:
+        """Tell of ranges, begin and end, that are about to be read twice: all of them in order, then all again.
+
+        False where it is better to come back later, because memory to keep them will be free then.
         """
 
 

@@ -63,10 +63,13 @@ class SourceHash:
         self._seen = 0
         self._buffer = memoryview(b"")
 
+    def reach(self, offset: int) -> None:
+        """Read what lies before an offset and was not read yet: so files are read in their order."""
+        self._catch_up(offset)
+
     def cover(self, offset: int, view: memoryview) -> None:
         """Take in bytes that were read at an offset; what lies before them and was not read yet is read here."""
-        if offset > self._seen:
-            self._catch_up(offset)
+        self.reach(offset)
         if offset <= self._seen < offset + len(view):
             self._hash.update(view[self._seen - offset :])
             self._seen = offset + len(view)

@@ -13,7 +13,7 @@ import secrets
 import shutil
 import stat
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
@@ -85,6 +85,10 @@ class RangeReader:
         os.close(self._fd)
         if kind is None and after != self.identity:
             raise SourceChanged(f"{show(str(self.path), 200)} changed while it was read; run again")
+
+    def announce(self, ranges: Sequence[tuple[int, int]]) -> bool:  # noqa: ARG002 - the page cache keeps what is read twice
+        """As `Reader.announce`."""
+        return True
 
     def read_into(self, offset: int, view: memoryview) -> None:
         """Fill `view` with the bytes from `offset` on.

@@ -6,7 +6,7 @@ import errno
 import itertools
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -250,6 +250,10 @@ class MemoryReader:
     ) -> None:
         if kind is None:
             self._folder.read_part(self._name, self.identity, 0, 0)
+
+    def announce(self, ranges: Sequence[tuple[int, int]]) -> bool:  # noqa: ARG002 - everything is kept
+        """As `Reader.announce`."""
+        return True
 
     def read_into(self, offset: int, view: memoryview) -> None:
         """Fill `view` with the bytes from `offset` on.
