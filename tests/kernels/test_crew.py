@@ -135,11 +135,12 @@ class Pieces:
     on_piece: Callable[[int], object] = lambda _number: None
     done: list[int] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
+    ready: Callable[[], bool] = lambda: True
     lock: threading.Lock = field(default_factory=threading.Lock)
     taken: int = 0
 
     def is_ready(self) -> bool:
-        return True
+        return self.ready()
 
     def step(self) -> bool:
         with self.lock:
@@ -211,6 +212,26 @@ def test_threads_spread_over_two_jobs() -> None:
             gates.wait(PATIENCE)
     assert gate_errors == errors == []
     assert [len(job.done) for job in jobs] == [9, 9]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_job_that_is_not_ready_takes_no_thread_and_is_done_when_it_is(threads: int) -> None:
+    crew, other = new_crew(threads), Pieces(20)
+    late = Pieces(5, ready=lambda: len(other.done) == 20)
+    with started(lambda: crew.work_on(late), lambda: crew.work_on(other)) as errors:
+        pass
+    assert errors == []
+    assert (len(late.done), len(other.done)) == (5, 20)
+
+
+def test_a_job_that_something_outside_the_crew_makes_ready_is_done() -> None:
+    crew, event = new_crew(2), threading.Event()
+    job = Pieces(3, ready=event.is_set)
+    with started(lambda: crew.work_on(job)) as errors:
+        until(lambda: crew._waiting == 2)
+        event.set()
+    assert errors == []
+    assert len(job.done) == 3
 
 
 def test_an_error_reaches_its_own_caller_and_ends_its_own_job() -> None:

@@ -8,7 +8,7 @@ import struct
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any
 
@@ -507,3 +507,64 @@ def test_shards_side_by_side_share_a_small_window(monkeypatch: pytest.MonkeyPatc
     assert found == [oracle(shard, Source((shard,))) for shard in work]
     assert 0 < watched.peak <= 24 * KIB
     check_usable(crew)
+
+
+# What is read twice
+
+
+class Room:
+    """Puts off every announcement a few times; remembers it."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+        self.left = times
+        self.heard: list[list[tuple[int, int]]] = []
+
+    def announce(self, ranges: Sequence[tuple[int, int]]) -> bool:
+        self.left -= 1
+        if self.left >= 0:
+            return False
+        self.left = self.times
+        self.heard.append(list(ranges))
+        return True
+
+
+def nvfp4(count: int = 2) -> ShardPlan:
+    table: Table = {
+        f"model.layers.{layer}.mlp.{leaf}_proj.weight": ("BF16", (64, 64))
+        for layer in range(count)
+        for leaf in ("down", "gate", "up")
+    }
+    [shard] = plans([table], [{"scheme": "NVFP4A16"}], {"model_type": "llama"})
+    return shard
+
+
+@pytest.mark.parametrize("times", [0, 1, 3])
+def test_what_is_read_twice_is_announced_before_and_waits_until_it_is_heard(
+    times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_hand(monkeypatch, new_crew())
+    shard, room = nvfp4(), Room(times)
+    source = Source((shard,))
+    read_before: list[int] = []
+    source.on_read = lambda _name, _offset: read_before.append(len(room.heard))
+    assert encoded(shard, source, announce=room.announce) == encoded(shard, Source((shard,)))
+    twice = [span for ranges in room.heard for span in ranges]
+    reads = [(offset, offset + length) for _, offset, length in source.reads]
+    for begin, end in twice:
+        inside = [read for read in reads if begin <= read[0] < end]
+        assert sum(read[1] - read[0] for read in inside) == 2 * (end - begin)
+    assert sum(end - begin for begin, end in twice) == sum(tensor.spec.nbytes for tensor in shard.tensors)
+    assert read_before[0] == 1
+
+
+def test_a_shard_that_is_put_off_can_be_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_hand(monkeypatch, new_crew())
+    shard, asked = nvfp4(), list[int]()
+
+    def put_off(_ranges: Sequence[tuple[int, int]]) -> bool:
+        asked.append(0)
+        return False
+
+    with pytest.raises(Interrupted):
+        encoded(shard, Source((shard,)), announce=put_off, should_stop=lambda: len(asked) > 2)

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardmill.errors import SourceChanged, StorageFailed, StorageUnavailable, TransferDamaged
-from shardmill.storage.blocks import BlockReader
+from shardmill.storage.blocks import BlockReader, KeptRoom
 from shardmill.storage.folder import FileIdentity, Reader
 
 DATA = np.random.default_rng(1).bytes(1 << 16)
@@ -96,8 +97,16 @@ def open_(
     block_bytes: int = BLOCK,
     blocks: int = 4,
     on_close: Callable[[], None] = lambda: None,
+    room: KeptRoom | None = None,
 ) -> BlockReader:
-    return BlockReader(identity(size), submit, block_bytes=block_bytes, blocks=blocks, on_close=on_close)
+    return BlockReader(
+        identity(size),
+        submit,
+        block_bytes=block_bytes,
+        blocks=blocks,
+        on_close=on_close,
+        room=room or KeptRoom(0),
+    )
 
 
 def take(reader: Reader, offset: int, length: int) -> bytes:
@@ -280,6 +289,144 @@ def test_what_was_read_long_ago_makes_room_first() -> None:
         assert numbers(server, before) == []
         take(reader, 10 * BLOCK, 1)
         assert numbers(server, before) == [10]
+
+
+# ---- what is read twice ------------------------------------------------------------------------------------------
+
+
+def span(first: int, last: int) -> tuple[int, int]:
+    """The byte range of some blocks, `last` excluded."""
+    return first * BLOCK, last * BLOCK
+
+
+def read_blocks(reader: BlockReader, *indexes: int) -> None:
+    for index in indexes:
+        assert take(reader, index * BLOCK, BLOCK) == DATA[index * BLOCK :][:BLOCK]
+
+
+def test_what_was_announced_is_fetched_once_and_its_room_given_back() -> None:
+    server, room = Server(), KeptRoom(20 * BLOCK)
+    with open_(server.submit, blocks=2, room=room) as reader:
+        assert reader.announce([span(3, 18)])
+        read_blocks(reader, *range(18))
+        assert room.lent == 15 * BLOCK
+        read_blocks(reader, *range(3, 8))
+        assert room.lent == 10 * BLOCK
+        read_blocks(reader, *range(8, 30))
+        assert room.lent == 0
+    assert sorted(numbers(server)) == sorted(set(numbers(server)))
+    assert len(server.buffers) <= 17
+
+
+def test_ranges_of_a_set_are_kept_with_what_lies_between_them() -> None:
+    server, room = Server(), KeptRoom(20 * BLOCK)
+    with open_(server.submit, blocks=2, room=room) as reader:
+        assert reader.announce([span(0, 4), span(8, 10)])
+        read_blocks(reader, *range(10))
+        assert reader.announce([span(4, 8)])
+        read_blocks(reader, *range(4), *range(4, 8), *range(4, 8), 8, 9)
+        assert room.lent == 0
+        read_blocks(reader, *range(10, 20))
+    assert sorted(numbers(server)) == sorted(set(numbers(server)))
+
+
+def test_what_exceeds_the_room_is_kept_in_part() -> None:
+    server, room = Server(), KeptRoom(10 * BLOCK)
+    with open_(server.submit, blocks=2, room=room) as reader:
+        assert reader.announce([span(0, 30)])
+        read_blocks(reader, *range(30), *range(30))
+        assert room.lent == 0
+    found = numbers(server)
+    assert all(found.count(index) == 1 for index in range(10))
+    assert all(found.count(index) == 2 for index in range(13, 28))
+    assert len(server.buffers) <= 12
+
+
+def test_while_kept_blocks_are_read_again_those_behind_them_are_fetched() -> None:
+    server = Server()
+    with open_(server.submit, blocks=4, room=KeptRoom(20 * BLOCK)) as reader:
+        assert reader.announce([span(0, 10)])
+        read_blocks(reader, *range(10), 0, 1)
+        assert set(numbers(server)) == set(range(13))
+
+
+def test_another_reader_is_put_off_until_room_is_given_back() -> None:
+    room = KeptRoom(10 * BLOCK)
+    with open_(Server().submit, room=room) as first, open_(Server().submit, room=room) as second:
+        assert first.announce([span(0, 8)])
+        assert not second.announce([span(0, 4)])
+        assert second.announce([span(0, 2)])
+        read_blocks(first, *range(8), *range(8))
+        assert room.lent == 2 * BLOCK
+        assert second.announce([span(4, 12)])
+        assert room.lent == 10 * BLOCK
+    assert room.lent == 0
+
+
+def test_who_keeps_something_is_never_put_off() -> None:
+    # Two that both hold a part and wait for more would wait for ever.
+    room = KeptRoom(10 * BLOCK)
+    with open_(Server().submit, room=room) as first, open_(Server().submit, room=room) as second:
+        assert first.announce([span(0, 4)])
+        assert second.announce([span(0, 4)])
+        assert first.announce([span(8, 20)])
+        assert second.announce([span(8, 20)])
+        assert room.lent == 10 * BLOCK
+        for reader in (first, second):
+            read_blocks(reader, *range(4), *range(8, 20), *range(4), *range(8, 20))
+        assert room.lent == 0
+
+
+@pytest.mark.parametrize("error", [None, OSError("broken"), KeyboardInterrupt()])
+def test_leaving_gives_back_the_room_whatever_happened(error: BaseException | None) -> None:
+    server, room = Server(), KeptRoom(10 * BLOCK)
+    if error is not None and isinstance(error, Exception):
+        server.errors[5 * BLOCK] = error
+    with pytest.raises(type(error)) if error is not None else nullcontext(), open_(server.submit, room=room) as reader:
+        assert reader.announce([span(0, 8)])
+        read_blocks(reader, *range(8), 0)
+        if error is not None:
+            raise error
+    assert room.lent == 0
+
+
+def test_memory_goes_from_one_reader_to_the_next_and_the_last_leaves_none() -> None:
+    first_server, second_server, third_server, room = Server(), Server(), Server(), KeptRoom(10 * BLOCK)
+    with open_(first_server.submit, room=room) as first, open_(second_server.submit, room=room) as second:
+        assert first.announce([span(0, 8)])
+        read_blocks(first, *range(8), *range(8))
+        read_blocks(second, 20)
+        assert set(second_server.buffers) <= set(first_server.buffers)
+    with open_(third_server.submit, room=room) as third:
+        read_blocks(third, 0)
+    assert not set(third_server.buffers) & set(first_server.buffers)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sets=st.lists(st.lists(st.integers(1, 900), min_size=1, max_size=4), min_size=1, max_size=5),
+    step=st.integers(1, 300),
+    blocks=st.integers(1, 4),
+    limit=st.integers(0, 4000),
+)
+def test_sets_of_any_sizes_are_read_right_within_the_budget(
+    sets: list[list[int]], step: int, blocks: int, limit: int
+) -> None:
+    server, room, position = Server(), KeptRoom(limit), 0
+    with open_(server.submit, block_bytes=100, blocks=blocks, room=room) as reader:
+        for sizes in sets:
+            ranges = []
+            for size in sizes:
+                ranges.append((position, position + size))
+                position += size + step % 7 * 20
+            assert reader.announce(ranges)
+            for begin, end in ranges * 2:
+                for offset in range(begin, end, step):
+                    length = min(step, end - offset)
+                    assert take(reader, offset, length) == DATA[offset : offset + length]
+                    assert reader._allocated <= blocks + limit // 100
+            assert room.lent == 0
+    assert len(server.starts) >= len(set(server.starts))
 
 
 # ---- what goes wrong --------------------------------------------------------------------------------------------

@@ -307,7 +307,7 @@ class BlockReader:
 
     def _is_kept(self, index: int) -> bool:
         begin, end = index * self._block_bytes, (index + 1) * self._block_bytes
-        return any(twice.done < end and begin < twice.kept and twice.begin < end for twice in self._twice)
+        return any(twice.done < min(end, twice.kept) and begin < twice.kept for twice in self._twice)
 
     def read_into(self, offset: int, view: memoryview) -> None:
         """Fill `view` with the bytes from `offset` on.
