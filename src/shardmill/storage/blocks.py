@@ -24,7 +24,7 @@ from shardmill.storage.folder import FileIdentity
 _TRIES: Final = 2
 """Fetches of a block that must differ from the first one before the difference is believed."""
 
-KEPT_BYTES: Final = 256 << 20
+KEPT_BYTES: Final = 208 << 20
 """What the readers of a process may keep together, beside their own blocks, for a second read."""
 
 
@@ -181,7 +181,7 @@ class BlockReader:
         submit: Callable[[int, memoryview], Future[None]],
         *,
         block_bytes: int = 8 << 20,
-        blocks: int = 8,
+        blocks: int = 6,
         on_close: Callable[[], None] = _nothing,
         room: KeptRoom | None = None,
     ) -> None:
