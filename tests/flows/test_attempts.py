@@ -10,9 +10,9 @@ from uuid import UUID
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, FlowRunFilter, FlowRunFilterId
-from prefect.client.schemas.objects import StateType, TaskRun
+from prefect.client.schemas.objects import State, StateType, TaskRun
 from prefect.flow_engine import run_flow
-from prefect.states import AwaitingRetry, State
+from prefect.states import AwaitingRetry
 
 from checkpoints import poison
 from served import Ask

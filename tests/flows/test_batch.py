@@ -32,7 +32,7 @@ from shardmill.flows.quantize_checkpoint import quantize_checkpoint
 from shardmill.orchestration import children
 from shardmill.orchestration.children import Child, Deployment
 from shardmill.stages import pipeline
-from shardmill.stages.plan import Locations
+from shardmill.stages.plan import Locations, make_plan
 
 
 class AskBatch(Protocol):
@@ -86,7 +86,7 @@ def ask(incoming: Path, tmp_path: Path) -> AskBatch:
 def converted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Sources of the conversions that were begun."""
     begun: list[str] = []
-    convert = pipeline.make_plan
+    convert = make_plan
 
     def note(source: Any, recipe: Any) -> Any:
         begun.append(Path(source.folder.url).name)
@@ -236,7 +236,7 @@ def test_a_manifest_says_what_is_different_for_whom(ask: AskBatch, incoming: Pat
 
 def test_all_that_is_wrong_with_a_batch_is_told_at_once(ask: AskBatch, tmp_path: Path, converted: list[str]) -> None:
     manifest = tmp_path / "nightly.json"
-    entries = [
+    entries: list[dict[str, object]] = [
         {"source": "/models/a", "scheme": "FP9"},
         {"source": "/models/b", "speed": 3},
         {"source": "/models/c", "destination": "/out/{nam}"},
@@ -404,6 +404,7 @@ def test_a_server_that_is_away_for_a_while_costs_only_time(
 
     def lose_replies(*args: Any, **kwargs: Any) -> FlowRun:
         made = run_deployment(*args, **kwargs)
+        assert isinstance(made, FlowRun)
         if len(lost) < 2:
             lost.append(made)
             raise httpx.ReadError("connection lost")
@@ -423,7 +424,11 @@ def test_another_attempt_waits_for_runs_that_are_still_at_work(deployment: str, 
     asked = ask(sources=["/models/a"], deployment=deployment)
     request = asked.request_for("/models/a", "/out/a", {}).model_dump(mode="json")
     child = Child(label="quantize-a", key="/out/a", parameters={"request": request})
-    hand.end = lambda client, run: client.set_flow_run_state(run.id, Completed(), force=True) and None
+
+    def complete(client: SyncPrefectClient, run: FlowRun) -> None:
+        client.set_flow_run_state(run.id, Completed(), force=True)
+
+    hand.end = complete
 
     @flow
     def parent() -> tuple[int, list[str]]:

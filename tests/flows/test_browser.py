@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +67,10 @@ class Page:
 
     def see(self, *texts: str) -> None:
         for text in texts:
-            wait_until(f"the page shows {text!r}", lambda text=text: text in self.text, PATIENCE)
+            wait_until(f"the page shows {text!r}", partial(self._has, text), PATIENCE)
+
+    def _has(self, text: str) -> bool:
+        return text in self.text
 
     def find(self, xpath: str) -> Any:
         """The first element that is shown."""
@@ -154,7 +159,7 @@ def artifacts_of(client: SyncPrefectClient, run: FlowRun) -> list[Artifact]:
     """The artifacts of a run, oldest first."""
     chosen = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id]))
     found = [artifact for artifact in client.read_artifacts(artifact_filter=chosen) if artifact.key]
-    return sorted(found, key=lambda artifact: artifact.created or 0)  # type: ignore[arg-type,return-value]
+    return sorted(found, key=lambda artifact: artifact.created or datetime.min.replace(tzinfo=UTC))
 
 
 def request_a_run(page: Page, client: SyncPrefectClient, source: Path, destination: Path) -> FlowRun:
@@ -166,11 +171,14 @@ def request_a_run(page: Page, client: SyncPrefectClient, source: Path, destinati
     page.field("Destination").send_keys(str(destination))
     page.choose("Scheme", SCHEME)
     page.click("//button[normalize-space(.)='Submit']")
-    return wait_until("the run exists", lambda: next(iter(client.read_flow_runs()), None), 60)
+    run = wait_until("the run exists", lambda: next(iter(client.read_flow_runs()), None), 60)
+    assert isinstance(run, FlowRun)
+    return run
 
 
 def test_the_form_has_every_field_with_its_help(page: Page, client: SyncPrefectClient) -> None:
     deployment = client.read_deployment_by_name(DEPLOYMENT)
+    assert deployment.parameter_openapi_schema is not None
     fields = deployment.parameter_openapi_schema["definitions"]["QuantizeRequest"]["properties"]
     page.resize(2400)
 

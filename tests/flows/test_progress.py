@@ -100,15 +100,17 @@ def tickers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "progress"]
 
 
-def test_it_moves_while_a_shard_is_in_work_and_ends_with_the_block(updates: list[tuple[float, str]]) -> None:
+def test_it_moves_while_a_shard_is_in_work_and_ends_with_the_block(
+    updates: list[tuple[float, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     meter, moved = Meter(), threading.Event()
-    shown = progress.update_progress_artifact
+    shown = vars(progress)["update_progress_artifact"]
 
     def note(artifact: UUID, share: float, text: str) -> None:
         shown(artifact, share, text)
         moved.set()
 
-    progress.update_progress_artifact = note  # type: ignore[assignment]  # the fixture puts it back
+    monkeypatch.setattr(progress, "update_progress_artifact", note)
 
     def work() -> None:
         with Progress(Tally({"a": 100}, (), 0.0), meter.counts, prefix="Attempt 2: "):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,6 @@ import checkpoints
 from shardmill.core.batch import Found, listed
 from shardmill.core.recipe import uniform
 from shardmill.errors import CheckpointInvalid, Refused
-from shardmill.stages import batch
 from shardmill.stages.batch import find_sources, is_done, look_at, read_entries
 from shardmill.stages.pipeline import RunOptions, run
 from shardmill.stages.plan import Locations
@@ -75,7 +75,7 @@ def test_looking_waits_until_young_files_can_be_told(tmp_path: Path, monkeypatch
         waited.append(seconds)
         monkeypatch.setattr(store, "_FRESH_NS", 0)
 
-    monkeypatch.setattr(batch.time, "sleep", settle)
+    monkeypatch.setattr(time, "sleep", settle)
     found = look_at(listed(str(source)))
     assert (found.waits_for, len(waited)) == ("", 1)
     assert found.state == store.listing_state(open_folder(str(source)).listing())
@@ -86,7 +86,7 @@ def test_files_that_are_being_written_all_the_time_are_left_for_later(
 ) -> None:
     source = checkpoints.write(tmp_path / "source", checkpoints.deal(checkpoints.llama(), 2))
     monkeypatch.setattr(store, "_FRESH_NS", 3600 * 10**9)
-    monkeypatch.setattr(batch.time, "sleep", lambda _seconds: None)
+    monkeypatch.setattr(time, "sleep", lambda _seconds: None)
     assert look_at(listed(str(source))).waits_for == "it is being written"
 
 

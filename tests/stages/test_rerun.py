@@ -12,7 +12,7 @@ import pytest
 
 import checkpoints
 from shardmill.core import plan as core_plan
-from shardmill.core.plan import ShardPlan
+from shardmill.core.plan import Plan, ShardPlan
 from shardmill.core.recipe import uniform
 from shardmill.errors import DestinationInvalid
 from shardmill.stages.finalize import claim_of, finalize
@@ -205,7 +205,11 @@ def test_a_file_that_arrives_during_a_run_is_no_part_of_what_its_result_is_made_
 ) -> None:
     shutil.rmtree(Path(locations.destination))
     before = make_plan(locations.open_source(), uniform("NVFP4A16")).made_of
-    late = Watcher(on_plan=lambda _plan: (tmp_path / "source" / "README.md").write_text("late") and None)
+
+    def arrive(_plan: Plan) -> None:
+        (tmp_path / "source" / "README.md").write_text("late")
+
+    late = Watcher(on_plan=arrive)
     run(locations, uniform("NVFP4A16"), RunOptions(device="cpu", workers=1), watcher=late)
     assert made_of(locations) == before
 
