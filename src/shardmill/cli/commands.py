@@ -15,7 +15,7 @@ from statistics import median
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
-from shardmill.cli.arguments import Options, command_line, read_recipe
+from shardmill.cli.arguments import Options, command_line, read_intake, read_recipe
 from shardmill.cli.console import Console, Progress, print_document, print_result
 from shardmill.cli.failures import DONE, FAILED, REFUSED, SCHEMA, count, problem_lines
 from shardmill.core.plan import Plan
@@ -49,7 +49,7 @@ def plan(options: Options, console: Console) -> int:
     from shardmill.storage.source import open_source
 
     with collection_paused():
-        found = make_plan(open_source(options.source), read_recipe(options))
+        found = make_plan(open_source(options.source, read_intake(options)), read_recipe(options))
         problems = validate_plan(found)
         return _show_plan(found, problems, options, console)
 
@@ -92,7 +92,9 @@ def run(options: Options, console: Console) -> int:
         message = "search `mse` is not available in this version"
         raise RecipeInvalid([Problem(kind="search-unavailable", message=message, way_out="use --search none")])
     recipe = read_recipe(options)
-    locations = Locations(source=options.source, destination=options.destination, store=options.store)
+    locations = Locations(
+        source=options.source, destination=options.destination, store=options.store, intake=read_intake(options)
+    )
     unavailable = check_devices(options.device)
     if unavailable:
         raise Refused(unavailable)

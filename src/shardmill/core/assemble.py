@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from shardmill.core.digest import digest_json
+from shardmill.core.foreign import AUTO_MAP, without
 from shardmill.core.index import encode_index
 from shardmill.core.plan import Plan, ShardSizes
 from shardmill.core.receipt import Receipt
@@ -138,18 +139,11 @@ def _spellings(template: str) -> list[str]:
     return [template, f"{head}.{alias}"] if alias else [template]
 
 
-def _without_stale(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: _without_stale(value) if isinstance(value, dict) else value
-        for key, value in config.items()
-        if key not in _STALE
-    }
-
-
 def config_document(plan: Plan) -> dict[str, Any]:
     """The source's config.json in its own order, with our quantization_config at the end and no stale one."""
     source = json.loads(plan.config_text or "{}")
-    return _without_stale(source) | {"quantization_config": quantization_config(plan)}
+    stale = _STALE if plan.allow_code else (*_STALE, AUTO_MAP)
+    return {**without(source, stale), "quantization_config": quantization_config(plan)}
 
 
 def encode_document(document: Mapping[str, Any]) -> bytes:

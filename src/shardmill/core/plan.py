@@ -28,6 +28,7 @@ from shardmill.core.layout import (
     quantized_outputs,
     shard_bytes,
 )
+from shardmill.core.limits import Intake
 from shardmill.core.matching import split_name
 from shardmill.core.recipe import Recipe, recipe_to_json
 from shardmill.core.scheme import Scheme, weight_args_to_json
@@ -61,8 +62,11 @@ class Checkpoint:
     """Other files that are copied."""
     left_out: tuple[tuple[str, str], ...] = ()
     """`(file, reason)` of what is not copied."""
+    rewritten: tuple[tuple[str, str], ...] = ()
+    """`(file, text)` of other files that are written anew, without what refers to code."""
     problems: tuple[Problem, ...] = ()
     warnings: tuple[Problem, ...] = ()
+    intake: Intake = field(default_factory=Intake)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -301,6 +305,10 @@ class Plan:
     """Module names for the written config: every linear layer that stays dense."""
     problems: tuple[Problem, ...]
     warnings: tuple[Problem, ...]
+    rewritten: tuple[tuple[str, str], ...] = ()
+    """`(file, text)` of other files that are written anew."""
+    allow_code: bool = False
+    """Whether what refers to code is kept in config.json."""
     source_state: str = ""
     """Names the state of the source's listing when the plan was made; empty where a later write could go unnoticed."""
 
@@ -312,15 +320,16 @@ class Plan:
     @property
     def made_of(self) -> str:
         """What the result is made of, see `made_of`."""
-        return made_of(self.source_state, self.recipe)
+        return made_of(self.source_state, self.recipe, allow_code=self.allow_code)
 
 
-def made_of(source_state: str, recipe: Recipe) -> str:
+def made_of(source_state: str, recipe: Recipe, *, allow_code: bool = False) -> str:
     """Name what a result is made of, without reading anything: the state of a listing and a recipe.
 
     Unlike a plan it says nothing of content, and nothing of the release that computes; empty where the state is.
     """
-    return digest_json([source_state, recipe_to_json(recipe)]) if source_state else ""
+    request = [recipe_to_json(recipe), *(["code"] if allow_code else [])]
+    return digest_json([source_state, *request]) if source_state else ""
 
 
 def units_of(tensor: TensorPlan, schemes: Sequence[Scheme]) -> Iterator[Unit]:
