@@ -105,7 +105,7 @@ def run(options: Options, console: Console) -> int:
     with _stop_on_interrupt(stop):
         result = run_stages(locations, recipe, settings, watcher=_watcher(console, stop), stop=stop)
     console.close_progress()
-    _show_result(result, options)
+    _show_result(result, options, console)
     return DONE
 
 
@@ -169,11 +169,15 @@ def _watcher(console: Console, stop: threading.Event) -> Watcher:
     return Watcher(on_plan=on_plan, on_bytes=on_bytes, on_shard=on_shard, on_failure=on_failure)
 
 
-def _show_result(result: RunResult, options: Options) -> None:
+def _show_result(result: RunResult, options: Options, console: Console) -> None:
     summary = summarize(result.manifest)
     hits = sum(outcome.is_hit for outcome in result.outcomes)
     rate = summary.totals.source_bytes / max(result.seconds, 1e-9)
     following = command_line("vllm", "serve", options.destination)
+    told = {(problem.kind, problem.file, problem.tensor) for problem in result.plan.warnings}
+    new = tuple(w for w in summary.warnings if (w.kind, w.file, w.tensor) not in told)
+    for line in render_warnings(new):
+        console.say(line)
     if options.json:
         print_document(
             {
@@ -191,8 +195,6 @@ def _show_result(result: RunResult, options: Options) -> None:
             }
         )
         return
-    told = {(problem.kind, problem.file, problem.tensor) for problem in result.plan.warnings}
-    new = tuple(w for w in summary.warnings if (w.kind, w.file, w.tensor) not in told)
     speed = f"{result.seconds:.1f} s, {rate / 1e9:.2f} GB/s, peak memory {human_bytes(_peak_memory())}"
     stored = f"{hits} of {count(summary.shards, 'shard')} found in the store"
     print_result("\n".join([render(replace(summary, warnings=new)), "", f"{speed}, {stored}", f"next: {following}"]))

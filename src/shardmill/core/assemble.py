@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from shardmill.core.digest import digest_json
+from shardmill.core.findings import check_statistics
 from shardmill.core.foreign import AUTO_MAP, without
 from shardmill.core.index import encode_index
 from shardmill.core.plan import Plan, ShardSizes
 from shardmill.core.receipt import Receipt
 from shardmill.core.recipe import recipe_to_json
 from shardmill.core.scheme import scheme_to_json
-from shardmill.errors import ShardmillError
+from shardmill.core.statistics import Statistics
+from shardmill.errors import Problem, ShardmillError
 
 CONFIG_NAME: Final = "config.json"
 MANIFEST_NAME: Final = "shardmill.json"
@@ -210,10 +213,20 @@ def manifest(
         "sources": dict(sources),
         "files": dict(file_digests),
         "files_not_copied": [{"file": name, "reason": reason} for name, reason in plan.left_out],
-        "warnings": [_warning(problem) for problem in plan.warnings],
+        "warnings": [_warning(problem) for problem in (*plan.warnings, *_measured(plan, receipts))],
         "totals": totals(plan),
         "shards": [_shard_entry(plan, receipts[shard.name], number) for number, shard in enumerate(plan.shards)],
     }
+
+
+def _measured(plan: Plan, receipts: Mapping[str, Receipt]) -> list[Problem]:
+    """Warnings about what was measured, as far as a receipt tells: a fresh one and one from the store alike."""
+    weights = [
+        (shard.name, replace(weight, statistics=Statistics.from_json(weight.statistics.to_json())))
+        for shard in plan.shards
+        for weight in receipts[shard.name].weights
+    ]
+    return check_statistics(weights, plan.recipe)
 
 
 def totals(plan: Plan) -> dict[str, int]:
@@ -229,7 +242,7 @@ def totals(plan: Plan) -> dict[str, int]:
     return {"source_bytes": plan.source_bytes, **found}
 
 
-def _warning(problem: Any) -> dict[str, str]:
+def _warning(problem: Problem) -> dict[str, str]:
     return {"code": problem.kind, "file": problem.file, "tensor": problem.tensor, "message": problem.message}
 
 

@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 
 from shardmill.core.dtypes import CODES, COMPUTABLE
 from shardmill.core.experts import Sizes, Stack, choose_layout, parse_stack, read_sizes
+from shardmill.core.findings import check_copies, check_partners
 from shardmill.core.foreign import levels
 from shardmill.core.fused import fused_leaves, may_fuse
 from shardmill.core.header import TensorSpec
@@ -261,6 +262,7 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         *_check_coverage(planner, shards, heads),
     ]
     problems += _check_config(checkpoint)
+    cautions = [*check_copies(shards), *check_partners(_fusable(checkpoint, decided))]
     return Plan(
         recipe=recipe,
         shards=shards,
@@ -273,7 +275,7 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         allow_code=checkpoint.intake.allow_code,
         ignore=_dense_modules({*planner.linear_modules, *heads}, shards),
         problems=tuple(sorted(set(problems))),
-        warnings=tuple(sorted({*checkpoint.warnings, *planner.warnings, *_partial_blocks(shards)})),
+        warnings=tuple(sorted({*checkpoint.warnings, *planner.warnings, *_partial_blocks(shards), *cautions})),
     )
 
 
@@ -367,6 +369,14 @@ def _fused_members(checkpoint: Checkpoint, decided: Sequence[Sequence[_Decision]
             start = len(parent)
             for positions in _fused_positions(tuple([spec.name[start:] for _, spec, _ in rows])):
                 yield [rows[position] for position in positions]
+
+
+def _fusable(checkpoint: Checkpoint, decided: Sequence[Sequence[_Decision]]) -> Iterator[tuple[str, str]]:
+    """Shard and module of every matrix that engines may fuse with others."""
+    for shard, decisions in zip(checkpoint.shards, decided, strict=True):
+        for spec, decision in zip(shard.header.tensors, decisions, strict=True):
+            if decision.fused_at:
+                yield shard.name, spec.name.removesuffix(".weight")
 
 
 @lru_cache(maxsize=4096)

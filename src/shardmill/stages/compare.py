@@ -12,13 +12,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from shardmill.core.findings import FAR_ABOVE, typical_error
 from shardmill.core.layout import WORD_BITS, Unit, rows_per_block
 from shardmill.core.plan import Plan, ShardPlan
 from shardmill.core.planner import build_plan
 from shardmill.core.recipe import Group, Recipe
 from shardmill.core.scheme import Scheme, preset
 from shardmill.core.statistics import Statistics
-from shardmill.core.summary import FAR_ABOVE, typical_error
 from shardmill.core.written import Located, WrittenGroup, check_modules, code_shape, unsafe_names
 from shardmill.errors import Problem, Refused, show
 from shardmill.kernels.threads import cores
