@@ -13,6 +13,7 @@ from shardmill.core.findings import check_statistics
 from shardmill.core.foreign import AUTO_MAP, without
 from shardmill.core.index import encode_index
 from shardmill.core.plan import Plan, ShardSizes
+from shardmill.core.pretty import pretty
 from shardmill.core.receipt import Receipt
 from shardmill.core.recipe import recipe_to_json
 from shardmill.core.scheme import scheme_to_json
@@ -151,16 +152,25 @@ def config_document(plan: Plan) -> dict[str, Any]:
 
 def encode_document(document: Mapping[str, Any]) -> bytes:
     """Encode a JSON document for people and loaders."""
-    return json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n"
+    return pretty(document).encode() + b"\n"
 
 
-def output_index(plan: Plan) -> bytes | None:
-    """The index of the output, or None where the source has none."""
+def output_index(plan: Plan, receipts: Mapping[str, Receipt] | None = None) -> bytes | None:
+    """The index of the output, or None where the source has none.
+
+    Args:
+        receipts: of all shards, as the manifest was made of them; their names need not be derived again.
+    """
     if not plan.is_indexed:
         return None
     weight_map: dict[str, str] = {}
     total = 0
     for shard in plan.shards:
+        if receipts is not None:
+            sizes = shard.sizes()
+            total += sizes.quantized_bytes + sizes.copied_bytes
+            weight_map.update(dict.fromkeys(receipts[shard.name].tensors, shard.name))
+            continue
         layout = shard.layout()
         total += layout.data_bytes
         weight_map.update({placed.spec.name: shard.name for placed in layout.placed})

@@ -65,18 +65,21 @@ def _cost(items: Sequence[tuple[Any, Any]]) -> _Cost:
 def _cost_of(operator: Any, argument: Any) -> _Cost:
     if operator is _op.SUBPATTERN:
         return _cost(argument[3])
-    if operator is _op.BRANCH:
-        return _either([_cost(branch) for branch in argument[1]])
-    if operator is _op.GROUPREF_EXISTS:
-        return _either([_cost(branch) for branch in argument[1:] if branch is not None])
-    if operator in (_op.MAX_REPEAT, _op.MIN_REPEAT, _op.POSSESSIVE_REPEAT):
-        cost = _repeated(*argument)
-        return cost if operator is not _op.POSSESSIVE_REPEAT else _Cost(_Ways(), cost.explored)
-    if operator in (_op.ASSERT, _op.ASSERT_NOT):
-        return _Cost(_Ways(), _cost(argument[1]).explored)
-    if operator is _op.ATOMIC_GROUP:
-        return _Cost(_Ways(), _cost(argument).explored)
-    return _Cost(_Ways(), _Ways(1)) if operator is _op.GROUPREF else _ONE
+    if operator in (_op.BRANCH, _op.GROUPREF_EXISTS):
+        branches = argument[1] if operator is _op.BRANCH else argument[1:]
+        return _either([_cost(branch) for branch in branches if branch is not None])
+    if operator in (_op.MAX_REPEAT, _op.MIN_REPEAT):
+        return _repeated(*argument)
+    if operator is _op.GROUPREF:
+        return _Cost(_Ways(), _Ways(1))
+    explored = _ONE.explored  # of what is never tried another way once it has matched
+    if operator is _op.POSSESSIVE_REPEAT:
+        explored = _repeated(*argument).explored
+    elif operator in (_op.ASSERT, _op.ASSERT_NOT):
+        explored = _cost(argument[1]).explored
+    elif operator is _op.ATOMIC_GROUP:
+        explored = _cost(argument).explored
+    return _Cost(_Ways(), explored)
 
 
 def _either(branches: Sequence[_Cost]) -> _Cost:

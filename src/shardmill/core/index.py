@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from shardmill.core.limits import DEFAULTS, Limits, refuse_above
+from shardmill.core.pretty import pretty
 from shardmill.core.strict_json import parse_json
 from shardmill.errors import CheckpointInvalid, Problem, refuse, show
 
@@ -139,4 +139,4 @@ def encode_index(weight_map: Mapping[str, str], total_size_bytes: int) -> bytes:
     1
     """
     document = {"metadata": {"total_size": total_size_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-    return json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n"
+    return pretty(document).encode() + b"\n"

@@ -208,8 +208,13 @@ class ShardPlan:
             "stage": "quantize",
             "version": STAGE_VERSIONS["quantize"],
             "tensors": tensors,
-            "header": hashlib.sha256(self.layout().header()).hexdigest(),
+            "header": self._header_digest(),
         }
+
+    def _header_digest(self) -> str:
+        if _HEADER not in self._keys:
+            self._keys[_HEADER] = hashlib.sha256(self.layout().header()).hexdigest()
+        return self._keys[_HEADER]
 
     def _tensors_text(self) -> str:
         """Canonical JSON of the tensors of the job, put together from what tensors of one kind have in common."""
@@ -233,6 +238,8 @@ class ShardPlan:
         return [weight_args_to_json(scheme.weights) | {"format": scheme.format} for scheme in self.schemes]
 
 
+_HEADER: Final = ("header of the output",)
+"""Where the digest of that header is kept among the job keys, which have digests of sources there."""
 _BARE_WEIGHT: Final = ".weight"
 """The one weight whose outputs do not begin as it does: a module without a name writes none of the dot."""
 

@@ -54,7 +54,7 @@ def finalize(
             shards=tuple(_shard_piece(shard.name, receipts[shard.name], store) for shard in plan.shards),
             files=tuple(_file_piece(name, digest, source, dict(plan.rewritten)) for name, digest in files.items()),
             manifest=assemble.encode_document(document),
-            index=assemble.output_index(plan),
+            index=assemble.output_index(plan, receipts),
             config=assemble.encode_document(assemble.config_document(plan)),
         )
         _publish(destination, release, claim, document)

@@ -222,6 +222,7 @@ def _compute(sources: _Sources, store: Store, controls: Controls) -> Receipt:
                 device=device,
                 should_stop=controls.should_stop,
                 new_scratch=store.new_scratch,
+                layout=layout,
             )
         except BaseException:
             writer.abort()
