@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from typing import Any, Final, NoReturn
 
 from shardmill.core.limits import DEFAULTS, Limits, refuse_above
@@ -85,8 +86,7 @@ def _check_bounds(text: str, file: str, limits: Limits, most: tuple[str, int] | 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
         raise ValueError(f"key {show(twice)} stands twice")
     return found
 
