@@ -229,7 +229,7 @@ _header("name_surrogate", "half a character in a name", _rename("a\ud800.weight"
 _header("name_long", "a name of 5,000 bytes", _rename("n" * 5000), "`name_bytes` is 4096")
 _header("f4_odd", "half a byte too much", _entry(dtype="F4", shape=[16383], data_offsets=[0, 8192]), UP, "takes None")
 _header("lists", "two million lists", lambda _: '{"a":[' + "[]," * 2_000_000 + "[]]}", "header_tensors")
-_header("objects", "half a million objects", lambda _: "{" + '"a":{"":0},' * 700_000 + '"b":0}', "")
+_header("objects", "half a million objects", lambda _: "{" + '"a":{"":0},' * 700_000 + '"b":0}', "header_tensors")
 _header(
     "collision",
     "a tensor with the name of a scale to come",

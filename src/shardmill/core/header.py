@@ -211,12 +211,14 @@ _VALUES_PER_TENSOR: Final = 16
 def _parse_any(data: bytes, file_size: int, file: str, start: int = 0, limits: Limits = DEFAULTS) -> ShardHeader:
     if not data.startswith(b"{"):
         raise refuse("header-invalid", "header does not start with `{`", file=file)
-    most = ("header_tensors", _VALUES_PER_TENSOR * limits.header_tensors)
+    most = ("header_tensors", _VALUES_PER_TENSOR * limits.header_tensors, limits.header_tensors + 2)
     raw = parse_json(data, file=file, kind="header-invalid", limits=limits, most=most)
     if not isinstance(raw, dict):
         raise refuse("header-invalid", "header is no JSON object", file=file)
     problems: list[Problem] = []
     metadata = _parse_metadata(raw.pop("__metadata__", {}), file, problems)
+    if len(raw) > limits.header_tensors:
+        raise refuse_above("header_tensors", f"{len(raw)} tensors in one header", limits, file=file)
     specs = [spec for name, entry in raw.items() if (spec := _parse_entry(name, entry, file, problems, limits))]
     specs.sort(key=_data_order)
     header = ShardHeader(tuple(specs), metadata, start or LENGTH_BYTES + len(data))

@@ -112,7 +112,7 @@ def _is_index(text: str) -> bool:
 
 
 def _parse_any(data: bytes, file: str, limits: Limits) -> CheckpointIndex:
-    most = ("index_tensors", 2 * limits.index_tensors + _OTHER_QUOTES)
+    most = ("index_tensors", 2 * limits.index_tensors + _OTHER_QUOTES, _OTHER_QUOTES)
     raw = parse_json(data, file=file, kind="index-invalid", limits=limits, most=most)
     weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:

@@ -22,12 +22,12 @@ _SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse_json(
-    data: bytes, *, file: str, kind: str, limits: Limits = DEFAULTS, most: tuple[str, int] | None = None
+    data: bytes, *, file: str, kind: str, limits: Limits = DEFAULTS, most: tuple[str, int, int] | None = None
 ) -> Any:
     """Parse UTF-8 JSON strictly.
 
     Args:
-        most: a limit by name, and how many values it allows in the whole text.
+        most: a limit by name, and how many values and how many objects it allows in the whole text.
 
     Raises:
         CheckpointInvalid: of the given `kind`, or above a limit.
@@ -65,15 +65,16 @@ def _stop(limit: str, what: str, limits: Limits, file: str) -> NoReturn:
     raise _Bounded(refuse_above(limit, what, limits, file=file))
 
 
-def _check_bounds(text: str, file: str, limits: Limits, most: tuple[str, int] | None) -> None:
+def _check_bounds(text: str, file: str, limits: Limits, most: tuple[str, int, int] | None) -> None:
     longest = max((found.end() - found.start() for found in _STRING.finditer(text)), default=0)
     if longest > limits.json_string_bytes + 2:
         _stop("json_string_bytes", f"a string of {longest - 2} characters", limits, file)
     skeleton = _STRING.sub("", text)
     if most is not None:
-        values = sum(map(skeleton.count, ",[{"))
-        if values > most[1]:
-            _stop(most[0], f"{values} values", limits, file)
+        limit, most_values, most_objects = most
+        values, objects = sum(map(skeleton.count, ",[{")), skeleton.count("{")
+        if values > most_values or objects > most_objects:
+            _stop(limit, f"{values} values, {objects} of them objects", limits, file)
     if re.search(rf"[0-9]{{{limits.json_digits + 1}}}", skeleton):
         _stop("json_digits", f"a number of more than {limits.json_digits} digits", limits, file)
     depth = 0

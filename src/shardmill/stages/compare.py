@@ -23,7 +23,7 @@ from shardmill.core.written import Located, WrittenGroup, check_modules, code_sh
 from shardmill.errors import Problem, Refused, show
 from shardmill.kernels.threads import cores
 from shardmill.stages.devices import limit_threads
-from shardmill.stages.result import BLOCK_BYTES, Readers, Result, VerifyWatch, read_result, stored_shapes
+from shardmill.stages.result import BLOCK_BYTES, INTAKE, Readers, Result, VerifyWatch, read_result, stored_shapes
 from shardmill.storage.source import SourceFolder, open_source, read_checkpoint
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def verify_against(
     result = read_result(destination)
     if result.checkpoint.problems or result.config.problems:
         return (), sorted({*result.checkpoint.problems, *result.config.problems})
-    origin = open_source(source)
+    origin = open_source(source, INTAKE)
     plan = _plan_of(result, origin)
     told.on_total(plan.source_bytes)
     with ExitStack() as stack:

@@ -20,7 +20,7 @@ from shardmill.storage.source import SourceFolder, open_source, read_checkpoint
 
 BLOCK_BYTES: Final = 32 << 20
 """Bytes of a tensor that are read at a time."""
-_INTAKE: Final = Intake(limits=RESULT)
+INTAKE: Final = Intake(limits=RESULT)
 _MANIFEST_LIMIT: Final = 512_000_000
 """Bytes; a hundred thousand tensors take about 50 MB."""
 
@@ -62,7 +62,7 @@ def read_result(destination: str) -> Result:
     Raises:
         CheckpointInvalid: there is no such folder.
     """
-    folder = open_source(destination, _INTAKE)
+    folder = open_source(destination, INTAKE)
     checkpoint = read_checkpoint(folder)
     tensors = {
         spec.name: Located(shard.name, shard.header.data_start, spec)
@@ -97,7 +97,7 @@ def read_manifest_of(destination: str) -> Manifest:
     Raises:
         CheckpointInvalid: there is no such folder, or no manifest in it that can be read.
     """
-    folder = open_source(destination, _INTAKE)
+    folder = open_source(destination, INTAKE)
     data = folder.read_text(MANIFEST_NAME, _MANIFEST_LIMIT)
     return parse_manifest(parse_json(data, file=MANIFEST_NAME, kind="manifest-invalid", limits=RESULT))
 
