@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from shardmill.core.limits import NAMES, Intake, Limits
 from shardmill.core.recipe import Recipe, parse_recipe
 from shardmill.core.scheme import PRESETS
 from shardmill.errors import Problem, RecipeInvalid
@@ -47,6 +48,23 @@ def _known_scheme(name: str) -> str:
 Location = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=LOCATION_PATTERN)]
 Pattern = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 SchemeName = Annotated[str, AfterValidator(_known_scheme), WithJsonSchema({"type": "string", "enum": list(PRESETS)})]
+
+
+LimitName = Literal[
+    "header_bytes",
+    "header_tensors",
+    "metadata_bytes",
+    "index_bytes",
+    "index_tensors",
+    "index_shards",
+    "json_bytes",
+    "json_depth",
+    "json_digits",
+    "json_string_bytes",
+    "name_bytes",
+    "rank",
+    "stack_experts",
+]
 
 
 class _Form(BaseModel):
@@ -154,6 +172,29 @@ class Work(_Form):
     )
 
 
+class Trust(_Form):
+    """What is taken in of a source that strangers made."""
+
+    limits: dict[LimitName, int] = Field(
+        default_factory=dict,
+        max_length=len(NAMES),
+        description="Limits that are raised, by name, such as header_bytes; a refusal names the limit that was met.",
+        examples=[{"header_bytes": 50_000_000}],
+    )
+    allow_code: bool = Field(
+        default=False, description="Copy code, pickles and dot files, too, and keep `auto_map` in configs."
+    )
+
+    @property
+    def intake(self) -> Intake:
+        """What the library is told.
+
+        Raises:
+            RecipeInvalid: a limit has no such value.
+        """
+        return Intake(limits=Limits.parse(self.limits), allow_code=self.allow_code)
+
+
 class Places(_Form):
     """What is read, and what is written."""
 
@@ -169,7 +210,7 @@ class Places(_Form):
     )
 
 
-class QuantizeRequest(Work, Choices, Places):
+class QuantizeRequest(Trust, Work, Choices, Places):
     """What is quantized, how, and where."""
 
     @property
@@ -190,7 +231,7 @@ class QuantizeRequest(Work, Choices, Places):
     @property
     def locations(self) -> Locations:
         """Where the run reads, writes and remembers."""
-        return Locations(source=self.source, destination=self.destination, store=self.store or "")
+        return Locations(source=self.source, destination=self.destination, store=self.store or "", intake=self.intake)
 
 
 class Batch(_Form):
@@ -228,7 +269,7 @@ class Batch(_Form):
     )
 
 
-class BatchRequest(Work, Choices, Batch):
+class BatchRequest(Trust, Work, Choices, Batch):
     """Which checkpoints are converted if they are new or changed, how, and where to."""
 
     @model_validator(mode="after")
@@ -253,7 +294,7 @@ class BatchRequest(Work, Choices, Batch):
         Raises:
             RecipeInvalid: a field that does not exist, or a value that does not fit; one problem for each.
         """
-        inherited = {*Choices.model_fields, *Work.model_fields}
+        inherited = {*Choices.model_fields, *Work.model_fields, *Trust.model_fields}
         if "recipe" in choices:
             inherited -= {"scheme", *_CHOICES}
         elif {"scheme", *_CHOICES} & set(choices):

@@ -183,9 +183,8 @@ def _look(min_age_seconds: float, item: _Item) -> _Item | Checkpoint:
         found = look_at(item.found, min_age_seconds)
     except (Refused, StorageFailed) as error:
         return _row(item, FAILED, str(error))
-    destination = destination_of(
-        item.request.destination, item.found, item.request.scheme_label, made_of(found.state, item.recipe)
-    )
+    version = made_of(found.state, item.recipe, allow_code=item.request.allow_code)
+    destination = destination_of(item.request.destination, item.found, item.request.scheme_label, version)
     named = replace(item, request=item.request.model_copy(update={"destination": destination}), state=found.state)
     return _row(named, WAITING, found.waits_for) if found.waits_for else named
 

@@ -7,8 +7,10 @@ fails the flow after all others are finished and kept in the store.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 
 from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
@@ -19,7 +21,7 @@ from shardmill.core.outcome import ShardOutcome
 from shardmill.core.plan import Plan
 from shardmill.core.recipe import Recipe
 from shardmill.core.summary import human_bytes, summarize_manifest
-from shardmill.errors import Interrupted, ShardFailures
+from shardmill.errors import Interrupted, Problem, ShardFailures
 from shardmill.flows import artifacts
 from shardmill.flows.parameters import QuantizeRequest
 from shardmill.orchestration.bench import Job, Workbench, uninspected, workbench
@@ -91,6 +93,7 @@ def _convert(request: QuantizeRequest, job: Job, started: float) -> FlowSummary:
             hits = _confirm(plan, job)
         manifest = parse_manifest(document)
         summary = summarize_manifest(manifest)
+        _tell(warning for warning in summary.warnings if warning.kind not in {known.kind for known in plan.warnings})
         result = FlowSummary(
             destination=str(parse_location(job.locations.destination)),
             shards=len(plan.shards),
@@ -118,9 +121,13 @@ def _checked_plan(recipe: Recipe, job: Job) -> Plan:
         shards = plan.shards[first : first + CHUNK]
         problems += validate_shards(uninspected(shards), uninspected(taken), first + 1, first + len(shards))
     refuse_problems(problems)
-    for warning in plan.warnings[:WARNINGS_LOGGED]:
-        get_run_logger().warning("%s", warning)
+    _tell(plan.warnings)
     return plan
+
+
+def _tell(warnings: Iterable[Problem]) -> None:
+    for warning in islice(warnings, WARNINGS_LOGGED):
+        get_run_logger().warning("%s", warning)
 
 
 def _quantize(plan: Plan, request: QuantizeRequest, job: Job, bench: Workbench) -> tuple[ShardOutcome, ...]:

@@ -32,12 +32,13 @@ from torch import Tensor
 from shardmill.core.checks import check_shard
 from shardmill.core.dtypes import COMPUTABLE
 from shardmill.core.experts import HALVES, parse_stack
-from shardmill.core.header import ShardHeader, TensorSpec, parse_json
+from shardmill.core.header import ShardHeader, TensorSpec
 from shardmill.core.matching import Matcher, split_name
 from shardmill.core.plan import COPY, SPLIT, Checkpoint, ShardPlan, SourceShard
 from shardmill.core.planner import build_plan
 from shardmill.core.recipe import EXPERT_LAYOUTS, Group, Recipe
 from shardmill.core.scheme import Scheme, preset
+from shardmill.core.strict_json import parse_json
 from shardmill.errors import CheckpointInvalid, NonFiniteWeight, Problem, RecipeInvalid, Refused, refuse, show
 from shardmill.kernels import reference
 from shardmill.kernels.shard import encode_shard
@@ -55,7 +56,6 @@ _Fill: TypeAlias = Callable[[int, memoryview], None]
 _LOG: Final = logging.getLogger(__name__)
 _NORMS: Final = "re:.*norm$"
 """Modules that are never quantized, whatever the targets say."""
-_CONFIG_LIMIT_BYTES: Final = 4_000_000
 _OF_WHOLE_CHECKPOINTS: Final = frozenset({"pattern-unmatched", "nothing-matched", "already-quantized"})
 """Findings of the planner that say nothing about one file: patterns are for the whole checkpoint, as is its config."""
 _BEFORE_CONVERSION: Final = frozenset({"already-quantized", "name-collision"})
@@ -396,9 +396,9 @@ def _read_config(source: _Source) -> str:
     if found is None:
         return ""
     real = found.resolve()
-    data = SourceFolder(LocalFolder(real.parent)).read_text(real.name, _CONFIG_LIMIT_BYTES)
+    data = SourceFolder(LocalFolder(real.parent)).read_text(real.name, "json_bytes")
     parse_json(data, file=CONFIG_NAME, kind="config-invalid")
-    return data.decode("utf-8-sig")
+    return data.decode("utf-8")
 
 
 def _check_rank(shard: ShardPlan, request: _Request) -> Iterator[Problem]:

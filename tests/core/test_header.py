@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from shardmill.core.dtypes import BITS, size_in_bytes
 from shardmill.core.header import (
-    HEADER_LIMIT,
     ShardHeader,
     _parse_any,
     _parse_plain,
@@ -56,7 +55,7 @@ def test_legal_oddities_pass() -> None:
         ({"a": entry(dtype="Q4")}, 4, "unknown dtype"),
         ({"a": entry(shape=(-4,))}, 4, "non-negative"),
         ({"a": entry(shape=(True, 4))}, 4, "non-negative"),
-        ({"a": entry(shape=[1] * 9)}, 1, "at most 8"),
+        ({"a": entry(shape=[1] * 9)}, 1, "9 dimensions, the limit `rank` is 8"),
         ({"a": entry(shape=(5,))}, 4, "takes 5 bytes"),
         ({"a": entry(offsets=(4, 0))}, 4, "span"),
         ({"a": entry() | {"extra": 1}}, 4, "exactly dtype"),
@@ -81,7 +80,7 @@ def test_every_defect_is_refused_and_named(table: object, data_bytes: int, says:
         (b'{"a":{"dtype":"U8","dtype":"I8","shape":[1],"data_offsets":[0,1]}}', "twice"),
         (b"[]", "start with"),
         (b'{"a": NaN}', "not JSON"),
-        (b'{"a": ' + b"[" * 100_000, "not valid JSON"),
+        (b'{"a": ' + b"[" * 100_000, "the limit `json_depth` is 64"),
         (b'{"\xff": 1}', "not valid JSON"),
     ],
 )
@@ -96,7 +95,7 @@ def test_all_defects_of_a_header_are_told_at_once() -> None:
     assert "`b`" in text
 
 
-@pytest.mark.parametrize("length", [0, 1, HEADER_LIMIT + 1, 2**63])
+@pytest.mark.parametrize("length", [0, 1, 100_000_001, 2**63])
 def test_an_impossible_header_length_is_refused_unread(length: int) -> None:
     with pytest.raises(CheckpointInvalid):
         header_length(length.to_bytes(8, "little"), 50)

@@ -13,6 +13,7 @@ import pytest
 from manifests import manifest_of
 from shardmill.core import assemble
 from shardmill.core.digest import Digest
+from shardmill.core.findings import check_statistics, typical_error
 from shardmill.core.manifest import Totals, parse_manifest
 from shardmill.core.plan import Plan
 from shardmill.core.planner import build_plan
@@ -23,14 +24,12 @@ from shardmill.core.statistics import Statistics
 from shardmill.core.summary import (
     PROXY,
     Summary,
-    check_statistics,
     human_bytes,
     plan_document,
     render,
     summarize,
     summarize_plan,
     summary_document,
-    typical_error,
 )
 from shardmill.errors import CheckpointInvalid, Problem
 from strategies import checkpoint_of, llama_table
@@ -180,7 +179,7 @@ def test_unusual_weights_are_named_in_one_warning(change: dict[str, Any], kind: 
 
 def test_a_scheme_that_the_recipe_does_not_know_gives_no_warning() -> None:
     weight = WeightRecord("m", "elsewhere", Statistics(count=1, squared_error=1.0, squared_weight=1.0))
-    assert check_statistics([weight], parse_recipe({"scheme": "W8A8"})) == []
+    assert check_statistics([("m.safetensors", weight)], parse_recipe({"scheme": "W8A8"})) == []
 
 
 # ---- text and documents -----------------------------------------------------------------------------------------

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from prefect.utilities.schema_tools import is_valid_schema, validate
 from pydantic import ValidationError
 
 from served import Ask
+from shardmill.core.limits import NAMES, Intake, Limits
 from shardmill.core.recipe import parse_recipe
 from shardmill.core.scheme import PRESETS
 from shardmill.errors import RecipeInvalid
-from shardmill.flows.parameters import QuantizeRequest
+from shardmill.flows.parameters import LimitName, QuantizeRequest
 from shardmill.flows.quantize_checkpoint import quantize_checkpoint
 
 SCHEMA = quantize_checkpoint.parameters.model_dump_for_openapi()
@@ -174,3 +175,11 @@ def test_the_job_holds_locations_and_options() -> None:
         "",
     )
     assert (job.options.device, job.options.workers, job.options.verify) == ("cpu", 3, "full")
+
+
+def test_the_form_takes_every_limit_and_tells_what_is_let_in() -> None:
+    assert get_args(LimitName) == NAMES
+    request = QuantizeRequest(source="/a", destination="/b", limits={"rank": 12}, allow_code=True)
+    assert request.locations.intake == Intake(limits=Limits(rank=12), allow_code=True)
+    with pytest.raises(RecipeInvalid, match="from 1 to 64"):
+        _ = QuantizeRequest(source="/a", destination="/b", limits={"rank": 65}).locations

@@ -36,7 +36,8 @@ def shard(root: Path, number: int = 2) -> Path:
 
 def test_a_good_checkpoint_is_read_whole(source: Path) -> None:
     checkpoint = load(source)
-    assert checkpoint.problems == checkpoint.warnings == ()
+    assert checkpoint.problems == ()
+    assert [(w.file, w.kind) for w in checkpoint.warnings] == [("modeling.py", "code-left-out")]
     assert len(checkpoint.shards) == 3
     assert checkpoint.files == ("LICENSE", "tokenizer.json")
     assert [name for name, _ in checkpoint.left_out] == ["modeling.py"]
@@ -104,7 +105,8 @@ def test_what_the_index_does_not_name_is_reported(source: Path) -> None:
     (source / "consolidated.safetensors").write_bytes(b"")
     (source / "pytorch_model.bin").write_bytes(b"")
     checkpoint = load(source)
-    assert {w.kind for w in checkpoint.warnings} == {"tensor-unindexed", "weight-file-left-out"}
+    kinds_told = {w.kind for w in checkpoint.warnings}
+    assert kinds_told == {"tensor-unindexed", "weight-file-left-out", "pickle-left-out", "code-left-out"}
     assert {name for name, _ in checkpoint.left_out} == {"consolidated.safetensors", "modeling.py", "pytorch_model.bin"}
 
 

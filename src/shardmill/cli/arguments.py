@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from shardmill import __version__
-from shardmill.core.header import parse_json
+from shardmill.core.limits import NAMES, Intake, Limits
 from shardmill.core.recipe import EXPERT_LAYOUTS, INDIVISIBLE, Recipe, parse_recipe
+from shardmill.core.strict_json import parse_json
 from shardmill.errors import Problem, RecipeInvalid, Refused
 
 DEFAULT_SCHEME: Final = "FP8_DYNAMIC"
@@ -47,6 +48,8 @@ class Options:
     indivisible: str | None = None
     expert_layout: str | None = None
     partial_fused: bool | None = None
+    limit: tuple[str, ...] = ()
+    allow_code: bool = False
     store: str = ""
     device: str = "auto"
     workers: int = 0
@@ -80,7 +83,8 @@ def parse_arguments(argv: Sequence[str]) -> Options:
         values["rest"] = tuple(rest)
     elif rest:
         parser.error(f"unrecognized arguments: {shlex.join(rest)}")
-    values["ignore"] = tuple(values.get("ignore") or ())
+    for name in ("ignore", "limit"):
+        values[name] = tuple(values.get(name) or ())
     return Options(**values, verbosity=-1 if quiet else verbose)
 
 
@@ -103,6 +107,7 @@ def _build_parser() -> argparse.ArgumentParser:
     plan = verb("plan", "show what would be done to every tensor, exact sizes included; reads headers only")
     plan.add_argument("source", metavar="SRC", help=_SOURCE)
     _add_recipe(plan)
+    _add_intake(plan)
     _add_json(plan)
     _add_run(verb("run", "quantize a checkpoint; run again to go on after a stop"))
     check = verb("verify", "read a finished result back and check everything in it")
@@ -163,10 +168,26 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_intake(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what is taken in of the source")
+    group.add_argument(
+        "--limit",
+        action="append",
+        metavar="NAME=VALUE",
+        help=f"raise a limit, such as header_bytes=50MB; may be repeated. Limits: {', '.join(NAMES)}",
+    )
+    group.add_argument(
+        "--allow-code",
+        action="store_true",
+        help="copy code, pickles and dot files, too, and keep `auto_map` in configs",
+    )
+
+
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help=_SOURCE)
     parser.add_argument("destination", metavar="DST", help="nothing yet, or an empty folder: a path, or s3://")
     _add_recipe(parser)
+    _add_intake(parser)
     group = parser.add_argument_group("how the run works; none of it changes bytes")
     kept = "where finished shards are kept: a path, or s3:// (default: .shardmill beside DST)"
     _add_store_location(group.add_argument, kept)
@@ -215,6 +236,15 @@ def _hours(text: str) -> float:
     if not hours >= 0:
         raise argparse.ArgumentTypeError(f"expected hours, found {text!r}")
     return hours
+
+
+def read_intake(options: Options) -> Intake:
+    """Tell what the options let in of a source.
+
+    Raises:
+        RecipeInvalid: no such limit, or no such value.
+    """
+    return Intake(limits=Limits.parse(options.limit), allow_code=options.allow_code)
 
 
 def read_recipe(options: Options) -> Recipe:

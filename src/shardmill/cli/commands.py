@@ -15,7 +15,7 @@ from statistics import median
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
-from shardmill.cli.arguments import APART, Options, command_line, read_recipe
+from shardmill.cli.arguments import APART, Options, command_line, read_intake, read_recipe
 from shardmill.cli.console import Console, Progress, print_document, print_result
 from shardmill.cli.failures import DONE, FAILED, REFUSED, SCHEMA, count, problem_lines
 from shardmill.core.plan import Plan
@@ -49,7 +49,7 @@ def plan(options: Options, console: Console) -> int:
     from shardmill.storage.source import open_source
 
     with collection_paused():
-        found = make_plan(open_source(options.source), read_recipe(options))
+        found = make_plan(open_source(options.source, read_intake(options)), read_recipe(options))
         problems = validate_plan(found)
         return _show_plan(found, problems, options, console)
 
@@ -92,7 +92,9 @@ def run(options: Options, console: Console) -> int:
         message = "search `mse` is not available in this version"
         raise RecipeInvalid([Problem(kind="search-unavailable", message=message, way_out="use --search none")])
     recipe = read_recipe(options)
-    locations = Locations(source=options.source, destination=options.destination, store=options.store)
+    locations = Locations(
+        source=options.source, destination=options.destination, store=options.store, intake=read_intake(options)
+    )
     unavailable = check_devices(options.device)
     if unavailable:
         raise Refused(unavailable)
@@ -103,7 +105,7 @@ def run(options: Options, console: Console) -> int:
     with _stop_on_interrupt(stop):
         result = run_stages(locations, recipe, settings, watcher=_watcher(console, stop), stop=stop)
     console.close_progress()
-    _show_result(result, options)
+    _show_result(result, options, console)
     return DONE
 
 
@@ -167,11 +169,15 @@ def _watcher(console: Console, stop: threading.Event) -> Watcher:
     return Watcher(on_plan=on_plan, on_bytes=on_bytes, on_shard=on_shard, on_failure=on_failure)
 
 
-def _show_result(result: RunResult, options: Options) -> None:
+def _show_result(result: RunResult, options: Options, console: Console) -> None:
     summary = summarize(result.manifest)
     hits = sum(outcome.is_hit for outcome in result.outcomes)
     rate = summary.totals.source_bytes / max(result.seconds, 1e-9)
     following = command_line("vllm", "serve", options.destination)
+    told = {(problem.kind, problem.file, problem.tensor) for problem in result.plan.warnings}
+    new = tuple(w for w in summary.warnings if (w.kind, w.file, w.tensor) not in told)
+    for line in render_warnings(new):
+        console.say(line)
     if options.json:
         print_document(
             {
@@ -189,8 +195,6 @@ def _show_result(result: RunResult, options: Options) -> None:
             }
         )
         return
-    told = {(problem.kind, problem.file, problem.tensor) for problem in result.plan.warnings}
-    new = tuple(w for w in summary.warnings if (w.kind, w.file, w.tensor) not in told)
     speed = f"{result.seconds:.1f} s, {rate / 1e9:.2f} GB/s, peak memory {human_bytes(_peak_memory())}"
     stored = f"{hits} of {count(summary.shards, 'shard')} found in the store"
     print_result("\n".join([render(replace(summary, warnings=new)), "", f"{speed}, {stored}", f"next: {following}"]))

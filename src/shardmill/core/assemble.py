@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from shardmill.core.digest import digest_json
+from shardmill.core.findings import check_statistics
+from shardmill.core.foreign import AUTO_MAP, without
 from shardmill.core.index import encode_index
 from shardmill.core.plan import Plan, ShardSizes
+from shardmill.core.pretty import pretty
 from shardmill.core.receipt import Receipt
 from shardmill.core.recipe import recipe_to_json
 from shardmill.core.scheme import scheme_to_json
-from shardmill.errors import ShardmillError
+from shardmill.core.statistics import Statistics
+from shardmill.errors import Problem, ShardmillError
 
 CONFIG_NAME: Final = "config.json"
 MANIFEST_NAME: Final = "shardmill.json"
@@ -138,32 +143,34 @@ def _spellings(template: str) -> list[str]:
     return [template, f"{head}.{alias}"] if alias else [template]
 
 
-def _without_stale(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: _without_stale(value) if isinstance(value, dict) else value
-        for key, value in config.items()
-        if key not in _STALE
-    }
-
-
 def config_document(plan: Plan) -> dict[str, Any]:
     """The source's config.json in its own order, with our quantization_config at the end and no stale one."""
     source = json.loads(plan.config_text or "{}")
-    return _without_stale(source) | {"quantization_config": quantization_config(plan)}
+    stale = _STALE if plan.allow_code else (*_STALE, AUTO_MAP)
+    return {**without(source, stale), "quantization_config": quantization_config(plan)}
 
 
 def encode_document(document: Mapping[str, Any]) -> bytes:
     """Encode a JSON document for people and loaders."""
-    return json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n"
+    return pretty(document).encode() + b"\n"
 
 
-def output_index(plan: Plan) -> bytes | None:
-    """The index of the output, or None where the source has none."""
+def output_index(plan: Plan, receipts: Mapping[str, Receipt] | None = None) -> bytes | None:
+    """The index of the output, or None where the source has none.
+
+    Args:
+        receipts: of all shards, as the manifest was made of them; their names need not be derived again.
+    """
     if not plan.is_indexed:
         return None
     weight_map: dict[str, str] = {}
     total = 0
     for shard in plan.shards:
+        if receipts is not None:
+            sizes = shard.sizes()
+            total += sizes.quantized_bytes + sizes.copied_bytes
+            weight_map.update(dict.fromkeys(receipts[shard.name].tensors, shard.name))
+            continue
         layout = shard.layout()
         total += layout.data_bytes
         weight_map.update({placed.spec.name: shard.name for placed in layout.placed})
@@ -216,10 +223,20 @@ def manifest(
         "sources": dict(sources),
         "files": dict(file_digests),
         "files_not_copied": [{"file": name, "reason": reason} for name, reason in plan.left_out],
-        "warnings": [_warning(problem) for problem in plan.warnings],
+        "warnings": [_warning(problem) for problem in (*plan.warnings, *_measured(plan, receipts))],
         "totals": totals(plan),
         "shards": [_shard_entry(plan, receipts[shard.name], number) for number, shard in enumerate(plan.shards)],
     }
+
+
+def _measured(plan: Plan, receipts: Mapping[str, Receipt]) -> list[Problem]:
+    """Warnings about what was measured, as far as a receipt tells: a fresh one and one from the store alike."""
+    weights = [
+        (shard.name, replace(weight, statistics=Statistics.from_json(weight.statistics.to_json())))
+        for shard in plan.shards
+        for weight in receipts[shard.name].weights
+    ]
+    return check_statistics(weights, plan.recipe)
 
 
 def totals(plan: Plan) -> dict[str, int]:
@@ -235,7 +252,7 @@ def totals(plan: Plan) -> dict[str, int]:
     return {"source_bytes": plan.source_bytes, **found}
 
 
-def _warning(problem: Any) -> dict[str, str]:
+def _warning(problem: Problem) -> dict[str, str]:
     return {"code": problem.kind, "file": problem.file, "tensor": problem.tensor, "message": problem.message}
 
 

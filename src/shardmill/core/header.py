@@ -9,20 +9,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from json.encoder import encode_basestring
 from typing import Any, Final, NamedTuple
 
 from shardmill.core.dtypes import BITS, size_in_bytes
+from shardmill.core.limits import DEFAULTS, Limits, above, refuse_above
+from shardmill.core.strict_json import parse_json
 from shardmill.errors import CheckpointInvalid, Problem, refuse, show
 
 LENGTH_BYTES: Final = 8
 """Bytes of the little-endian header length that opens every shard."""
-HEADER_LIMIT: Final = 100_000_000
-"""Largest header of the format in bytes; the library refuses more."""
-NAME_BYTES_LIMIT: Final = 4096
-RANK_LIMIT: Final = 8
 ALIGNMENT: Final = 8
 WRITTEN_METADATA: Final = (("format", "pt"),)
 """Loaders look for `format: pt`."""
@@ -57,6 +55,8 @@ class ShardHeader:
     metadata: tuple[tuple[str, str], ...]
     data_start: int
     """Offset of the data section in the file, in bytes."""
+    passed_over: int = 0
+    """Bytes of `__metadata__` that were not parsed because they are above the limit."""
 
     @property
     def size(self) -> int:
@@ -64,7 +64,7 @@ class ShardHeader:
         return self.data_start + max((t.end for t in self.tensors), default=0)
 
 
-def header_length(head: bytes, file_size: int, *, file: str = "") -> int:
+def header_length(head: bytes, file_size: int, *, file: str = "", limits: Limits = DEFAULTS) -> int:
     """Read the header's length from the first 8 bytes of a shard.
 
     Raises:
@@ -76,8 +76,8 @@ def header_length(head: bytes, file_size: int, *, file: str = "") -> int:
     if len(head) < LENGTH_BYTES:
         raise refuse("shard-truncated", f"expected a safetensors file, found {file_size} bytes", file=file)
     length = int.from_bytes(head[:LENGTH_BYTES], "little")
-    if length > HEADER_LIMIT:
-        raise refuse("header-too-large", f"header of {length} bytes, the limit is {HEADER_LIMIT}", file=file)
+    if limits.header_bytes < length <= file_size - LENGTH_BYTES:
+        raise refuse_above("header_bytes", f"header of {length} bytes", limits, file=file)
     if length < 2 or LENGTH_BYTES + length > file_size:
         raise refuse(
             "shard-truncated",
@@ -88,48 +88,45 @@ def header_length(head: bytes, file_size: int, *, file: str = "") -> int:
     return length
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {show(twice)} stands twice")
-    return found
-
-
-def _no_constants(text: str) -> Any:
-    raise ValueError(f"{text} is not JSON")
-
-
-def parse_json(data: bytes, *, file: str, kind: str) -> Any:
-    """Parse UTF-8 JSON strictly: no duplicate key, no NaN; a byte order mark is passed over.
-
-    Raises:
-        CheckpointInvalid: of the given `kind`.
-
-    >>> parse_json(b'{"a": 1}', file="config.json", kind="config")
-    {'a': 1}
-    """
-    try:
-        text = data.decode("utf-8-sig")
-        return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
-    except (ValueError, RecursionError) as error:
-        raise refuse(kind, f"not valid JSON: {error or type(error).__name__}", file=file) from error
-
-
-def parse_header(data: bytes, file_size: int, *, file: str = "") -> ShardHeader:
+def parse_header(data: bytes, file_size: int, *, file: str = "", limits: Limits = DEFAULTS) -> ShardHeader:
     """Parse the JSON head of a shard of `file_size` bytes; `data` holds the JSON without its length.
 
     The law: tensors cover the data section exactly, with no hole, no overlap and nothing after. A header in the plain
     form that writers give it is read by one expression; any other goes through the JSON parser.
 
     Raises:
-        CheckpointInvalid: with every defect of the header.
+        CheckpointInvalid: with every defect of the header, or with the limit that it exceeds.
 
     >>> parse_header(b'{"w":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}', 63).tensors[0].shape
     (2,)
     """
-    return _parse_plain(data, file_size) or _parse_any(data, file_size, file)
+    if len(data) > limits.header_bytes:
+        raise refuse_above("header_bytes", f"header of {len(data)} bytes", limits, file=file)
+    tensors = data.count(b'"data_offsets"')
+    if tensors > limits.header_tensors:
+        raise refuse_above("header_tensors", f"{tensors} tensors in one header", limits, file=file)
+    text, passed_over = _without_long_metadata(data, limits.metadata_bytes)
+    start = LENGTH_BYTES + len(data)
+    header = _parse_plain(text, file_size, start, limits) or _parse_any(text, file_size, file, start, limits)
+    return header if not passed_over else replace(header, passed_over=passed_over)
+
+
+_TEXT: Final = rb'"(?:[^"\\]++|\\.)*+"'
+_METADATA: Final = re.compile(
+    rb'"__metadata__"\s*+:\s*+(\{\s*+(?:%b\s*+:\s*+%b\s*+(?:,\s*+|(?=\})))*+\})' % (_TEXT, _TEXT), re.DOTALL
+)
+"""Strings that map to strings; possessive, so that it takes linear time."""
+
+
+def _without_long_metadata(data: bytes, limit: int) -> tuple[bytes, int]:
+    """The text with an empty `__metadata__` where that is longer than the limit, and how long it was then.
+
+    It is dropped in any case. What is cut out of anything but the metadata leaves an entry that is refused.
+    """
+    found = _METADATA.search(data) if len(data) > limit else None
+    if found is None or found.end(1) - found.start(1) <= limit:
+        return data, 0
+    return data[: found.start(1)] + b"{}" + data[found.end(1) :], found.end(1) - found.start(1)
 
 
 _PLAIN_HEAD: Final = re.compile(r'\{ ?(?:"__metadata__": ?(\{[^{}]*\}), ?)?')
@@ -140,7 +137,7 @@ _PLAIN_ENTRY: Final = re.compile(
 """Groups: the whole entry, name, dtype and shape, begin, end. Names are printable ASCII without escapes."""
 
 
-def _parse_plain(data: bytes, file_size: int) -> ShardHeader | None:
+def _parse_plain(data: bytes, file_size: int, start: int = 0, limits: Limits = DEFAULTS) -> ShardHeader | None:
     """Read a sound header in plain form; None for any other, about which `_parse_any` has the say.
 
     Entries that tile the text to its end, with names that differ, leave JSON nothing to object to.
@@ -157,10 +154,10 @@ def _parse_plain(data: bytes, file_size: int) -> ShardHeader | None:
     if not is_tiled or len(names) != len(rows) or "__metadata__" in names:
         return None
     metadata = _plain_metadata(head[1])
-    specs = _plain_specs(rows)
-    if metadata is None or specs is None:
+    specs = _plain_specs(rows, limits.rank)
+    if metadata is None or specs is None or max(map(len, names), default=0) > limits.name_bytes:
         return None
-    header = ShardHeader(specs, metadata, LENGTH_BYTES + len(data))
+    header = ShardHeader(specs, metadata, start or LENGTH_BYTES + len(data))
     return None if _check_extent(header, file_size, "") else header
 
 
@@ -173,12 +170,12 @@ def _plain_metadata(text: str | None) -> tuple[tuple[str, str], ...] | None:
     return None if problems else found
 
 
-def _plain_specs(rows: Sequence[tuple[str, str, str, str, str]]) -> tuple[TensorSpec, ...] | None:
+def _plain_specs(rows: Sequence[tuple[str, str, str, str, str]], rank: int) -> tuple[TensorSpec, ...] | None:
     """Turn matched entries into specs in order of their data; None when one of them is unsound."""
     specs: list[TensorSpec] = []
     reached, reached_text, is_sorted = 0, "0", True
     for _, name, kind, begin_text, end_text in rows:
-        dtype, shape, nbytes = _plain_kind(kind)
+        dtype, shape, nbytes = _plain_kind(kind, rank)
         begin = reached if begin_text == reached_text else int(begin_text)
         end = int(end_text)
         if nbytes != end - begin:
@@ -192,14 +189,14 @@ def _plain_specs(rows: Sequence[tuple[str, str, str, str, str]]) -> tuple[Tensor
 
 
 @lru_cache(maxsize=4096)
-def _plain_kind(text: str) -> tuple[str, tuple[int, ...], int | None]:
+def _plain_kind(text: str, rank: int) -> tuple[str, tuple[int, ...], int | None]:
     """Dtype, shape and bytes of an entry's `"dtype":…,"shape":…`; None for bytes when it is unsound."""
     try:
         kind = json.loads(f"{{{text}}}")
     except ValueError:
         return "", (), None
     dtype, shape = kind["dtype"], tuple(kind["shape"])
-    is_sound = dtype in BITS and len(shape) <= RANK_LIMIT and all(map(_is_count, shape))
+    is_sound = dtype in BITS and len(shape) <= rank and all(map(_is_count, shape))
     return dtype, shape, size_in_bytes(dtype, shape) if is_sound else None
 
 
@@ -207,17 +204,24 @@ def _data_order(spec: TensorSpec) -> tuple[int, int, str]:
     return spec.begin, spec.end, spec.name
 
 
-def _parse_any(data: bytes, file_size: int, file: str) -> ShardHeader:
+_VALUES_PER_TENSOR: Final = 16
+"""Commas and brackets of an entry, up to ten dimensions and more than usual."""
+
+
+def _parse_any(data: bytes, file_size: int, file: str, start: int = 0, limits: Limits = DEFAULTS) -> ShardHeader:
     if not data.startswith(b"{"):
         raise refuse("header-invalid", "header does not start with `{`", file=file)
-    raw = parse_json(data, file=file, kind="header-invalid")
+    most = ("header_tensors", _VALUES_PER_TENSOR * limits.header_tensors, limits.header_tensors + 2)
+    raw = parse_json(data, file=file, kind="header-invalid", limits=limits, most=most)
     if not isinstance(raw, dict):
         raise refuse("header-invalid", "header is no JSON object", file=file)
     problems: list[Problem] = []
     metadata = _parse_metadata(raw.pop("__metadata__", {}), file, problems)
-    specs = [spec for name, entry in raw.items() if (spec := _parse_entry(name, entry, file, problems))]
+    if len(raw) > limits.header_tensors:
+        raise refuse_above("header_tensors", f"{len(raw)} tensors in one header", limits, file=file)
+    specs = [spec for name, entry in raw.items() if (spec := _parse_entry(name, entry, file, problems, limits))]
     specs.sort(key=_data_order)
-    header = ShardHeader(tuple(specs), metadata, LENGTH_BYTES + len(data))
+    header = ShardHeader(tuple(specs), metadata, start or LENGTH_BYTES + len(data))
     if not problems:
         problems = _check_extent(header, file_size, file)
     if problems:
@@ -236,12 +240,13 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def _name_defect(name: str) -> str | None:
-    if not name:
-        return "a tensor has an empty name"
-    if len(name.encode("utf-8", "surrogatepass")) > NAME_BYTES_LIMIT:
-        return f"tensor name longer than {NAME_BYTES_LIMIT} bytes"
-    return None if name.isprintable() else "tensor name holds control or invisible characters"
+def _check_name(name: str, file: str, limits: Limits) -> Problem | None:
+    if len(name.encode("utf-8", "surrogatepass")) > limits.name_bytes:
+        return above("name_bytes", "tensor name too long", limits, file=file, tensor=name)
+    if name and name.isprintable():
+        return None
+    defect = "tensor name holds control or invisible characters" if name else "a tensor has an empty name"
+    return Problem(file=file, tensor=name, kind="header-invalid", message=defect)
 
 
 def _entry_defect(entry: Any) -> str | None:
@@ -249,20 +254,31 @@ def _entry_defect(entry: Any) -> str | None:
         return "expected exactly dtype, shape and data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        return f"unknown dtype {show(str(dtype))}"
-    if not isinstance(shape, list) or len(shape) > RANK_LIMIT or not all(map(_is_count, shape)):
-        return f"shape must be at most {RANK_LIMIT} non-negative integers"
+        return f"unknown dtype {show(str(dtype)[:200])}"
+    if not isinstance(shape, list) or not all(map(_is_count, shape)):
+        return "shape must be a list of non-negative integers"
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         return "data_offsets must be two non-negative integers"
-    expected = size_in_bytes(dtype, tuple(shape))
-    if expected != offsets[1] - offsets[0]:
-        return f"{dtype} {shape} takes {expected} bytes, data_offsets span {offsets[1] - offsets[0]}"
     return None
 
 
-def _parse_entry(name: str, entry: Any, file: str, problems: list[Problem]) -> TensorSpec | None:
-    if defect := _name_defect(name) or _entry_defect(entry):
-        problems.append(Problem(file=file, tensor=name, kind="header-invalid", message=defect))
+def _check_entry(name: str, entry: Any, file: str, limits: Limits) -> Problem | None:
+    defect = _entry_defect(entry)
+    if defect is None:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if len(shape) > limits.rank:
+            return above("rank", f"{len(shape)} dimensions", limits, file=file, tensor=name)
+        expected = size_in_bytes(dtype, tuple(shape))
+        if expected == end - begin:
+            return None
+        defect = f"{dtype} {shape} takes {expected} bytes, data_offsets span {end - begin}"
+    return Problem(file=file, tensor=name, kind="header-invalid", message=defect)
+
+
+def _parse_entry(name: str, entry: Any, file: str, problems: list[Problem], limits: Limits) -> TensorSpec | None:
+    problem = _check_name(name, file, limits) or _check_entry(name, entry, file, limits)
+    if problem is not None:
+        problems.append(problem)
         return None
     begin, end = entry["data_offsets"]
     return TensorSpec(name, entry["dtype"], tuple(entry["shape"]), begin, end)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from shardmill.core.header import parse_json
+from shardmill.core.limits import DEFAULTS, Limits, refuse_above
+from shardmill.core.pretty import pretty
+from shardmill.core.strict_json import parse_json
 from shardmill.errors import CheckpointInvalid, Problem, refuse, show
 
 INDEX_NAME: Final = "model.safetensors.index.json"
@@ -48,30 +49,42 @@ def is_shard_name(name: str) -> bool:
     return plain and len(parts) <= _DEPTH and name.endswith(".safetensors")
 
 
-def parse_index(data: bytes, *, file: str = INDEX_NAME) -> CheckpointIndex:
+def parse_index(data: bytes, *, file: str = INDEX_NAME, limits: Limits = DEFAULTS) -> CheckpointIndex:
     """Parse an index file.
 
     Raises:
-        CheckpointInvalid: not JSON, no `weight_map`, or a shard name that is no plain relative path.
+        CheckpointInvalid: not JSON, no `weight_map`, a shard name that is no plain relative path, or above a limit.
 
     >>> parse_index(b'{"weight_map": {"a.weight": "m.safetensors"}}').weight_map
     {'a.weight': 'm.safetensors'}
     """
-    return _parse_plain(data) or _parse_any(data, file)
+    if len(data) > limits.index_bytes:
+        raise refuse_above("index_bytes", f"{len(data)} bytes", limits, file=file)
+    quotes = data.count(b'"')
+    if quotes > 4 * limits.index_tensors + _OTHER_QUOTES:
+        raise refuse_above("index_tensors", f"about {quotes // 4} tensors", limits, file=file)
+    index = _parse_plain(data, limits) or _parse_any(data, file, limits)
+    if len(index.shards) > limits.index_shards:
+        raise refuse_above("index_shards", f"{len(index.shards)} shards", limits, file=file)
+    return index
+
+
+_OTHER_QUOTES: Final = 4000
+"""Quotes of an index beside those of its map."""
 
 
 _WEIGHT_MAP: Final = re.compile(r'"weight_map"\s*:\s*(\{[^{}]*\})')
 _SPACE: Final = " \t\r\n"
 
 
-def _parse_plain(data: bytes) -> CheckpointIndex | None:
+def _parse_plain(data: bytes, limits: Limits) -> CheckpointIndex | None:
     """Read a sound index without escapes; None for any other, about which `_parse_any` has the say.
 
     Where no quote is escaped, every second one ends a string: cutting the map at its quotes gives name, colon, shard,
     comma in turn. The JSON parser sees the rest of the file with an empty map in its place.
     """
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8")
     except ValueError:
         return None
     found = _WEIGHT_MAP.search(text) if "\\" not in text and text.count('"weight_map"') == 1 else None
@@ -86,6 +99,7 @@ def _parse_plain(data: bytes) -> CheckpointIndex | None:
     shard_names = {shard: shard for shard in shards}
     weight_map = dict(zip(names, map(shard_names.__getitem__, shards), strict=True))
     is_sound = all(map(str.isprintable, names)) and all(map(is_shard_name, shard_names))
+    is_sound = is_sound and max(map(len, names)) <= limits.json_string_bytes
     return CheckpointIndex(weight_map) if is_sound and len(weight_map) == len(names) else None
 
 
@@ -97,8 +111,9 @@ def _is_index(text: str) -> bool:
     return isinstance(raw, dict) and raw.get("weight_map") == {}
 
 
-def _parse_any(data: bytes, file: str) -> CheckpointIndex:
-    raw = parse_json(data, file=file, kind="index-invalid")
+def _parse_any(data: bytes, file: str, limits: Limits) -> CheckpointIndex:
+    most = ("index_tensors", 2 * limits.index_tensors + _OTHER_QUOTES, _OTHER_QUOTES)
+    raw = parse_json(data, file=file, kind="index-invalid", limits=limits, most=most)
     weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise refuse("index-invalid", "expected an object with a non-empty `weight_map`", file=file)
@@ -107,7 +122,7 @@ def _parse_any(data: bytes, file: str) -> CheckpointIndex:
             file=file,
             tensor=tensor,
             kind="shard-name",
-            message=f"shard name {show(str(shard))} is not a plain relative path",
+            message=f"shard name {show(str(shard)[:500])} is not a plain relative path",
         )
         for tensor, shard in weight_map.items()
         if not isinstance(shard, str) or not is_shard_name(shard)
@@ -124,4 +139,4 @@ def encode_index(weight_map: Mapping[str, str], total_size_bytes: int) -> bytes:
     1
     """
     document = {"metadata": {"total_size": total_size_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-    return json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n"
+    return pretty(document).encode() + b"\n"

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from shardmill.core.bounded import BoundedPattern
 from shardmill.errors import Problem, RecipeInvalid, show
 
 CATCH_ALL: Final = frozenset({"Linear", "re:", "re:.*", "re:^.*", "re:.*$", "re:^.*$", "re:.+"})
@@ -60,7 +61,7 @@ def sees_digits(pattern: str) -> bool:
     return _DIGIT.search(_ANY_DIGIT.sub("", pattern)) is not None
 
 
-def compile_pattern(pattern: str) -> re.Pattern[str] | None:
+def compile_pattern(pattern: str) -> BoundedPattern | None:
     """Compile `re:...`; None for a literal.
 
     Raises:
@@ -69,8 +70,8 @@ def compile_pattern(pattern: str) -> re.Pattern[str] | None:
     if not pattern.startswith("re:"):
         return None
     try:
-        return re.compile(pattern[3:])
-    except re.error as error:
+        return BoundedPattern(pattern[3:])
+    except (re.error, RecursionError, OverflowError) as error:
         raise RecipeInvalid(
             [Problem(kind="pattern", message=f"pattern {show(pattern)} is no valid expression: {error}")]
         ) from error
@@ -87,10 +88,10 @@ class PatternSet:
     patterns: Sequence[str]
     matched: set[str] = field(default_factory=set)
     _literals: dict[str, str] = field(init=False)
-    _regexes: list[tuple[str, re.Pattern[str]]] = field(init=False)
+    _regexes: list[tuple[str, BoundedPattern]] = field(init=False)
     _numbered: frozenset[str] = field(init=False)
     """Literals that see digits."""
-    _counting: list[tuple[str, re.Pattern[str]]] = field(init=False)
+    _counting: list[tuple[str, BoundedPattern]] = field(init=False)
     """Expressions that see digits."""
 
     def __post_init__(self) -> None:

@@ -28,6 +28,7 @@ from shardmill.core.layout import (
     quantized_outputs,
     shard_bytes,
 )
+from shardmill.core.limits import Intake
 from shardmill.core.matching import split_name
 from shardmill.core.recipe import Recipe, recipe_to_json
 from shardmill.core.scheme import Scheme, weight_args_to_json
@@ -61,8 +62,11 @@ class Checkpoint:
     """Other files that are copied."""
     left_out: tuple[tuple[str, str], ...] = ()
     """`(file, reason)` of what is not copied."""
+    rewritten: tuple[tuple[str, str], ...] = ()
+    """`(file, text)` of other files that are written anew, without what refers to code."""
     problems: tuple[Problem, ...] = ()
     warnings: tuple[Problem, ...] = ()
+    intake: Intake = field(default_factory=Intake)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -204,8 +208,13 @@ class ShardPlan:
             "stage": "quantize",
             "version": STAGE_VERSIONS["quantize"],
             "tensors": tensors,
-            "header": hashlib.sha256(self.layout().header()).hexdigest(),
+            "header": self._header_digest(),
         }
+
+    def _header_digest(self) -> str:
+        if _HEADER not in self._keys:
+            self._keys[_HEADER] = hashlib.sha256(self.layout().header()).hexdigest()
+        return self._keys[_HEADER]
 
     def _tensors_text(self) -> str:
         """Canonical JSON of the tensors of the job, put together from what tensors of one kind have in common."""
@@ -229,6 +238,8 @@ class ShardPlan:
         return [weight_args_to_json(scheme.weights) | {"format": scheme.format} for scheme in self.schemes]
 
 
+_HEADER: Final = ("header of the output",)
+"""Where the digest of that header is kept among the job keys, which have digests of sources there."""
 _BARE_WEIGHT: Final = ".weight"
 """The one weight whose outputs do not begin as it does: a module without a name writes none of the dot."""
 
@@ -301,6 +312,10 @@ class Plan:
     """Module names for the written config: every linear layer that stays dense."""
     problems: tuple[Problem, ...]
     warnings: tuple[Problem, ...]
+    rewritten: tuple[tuple[str, str], ...] = ()
+    """`(file, text)` of other files that are written anew."""
+    allow_code: bool = False
+    """Whether what refers to code is kept in config.json."""
     source_state: str = ""
     """Names the state of the source's listing when the plan was made; empty where a later write could go unnoticed."""
 
@@ -312,15 +327,16 @@ class Plan:
     @property
     def made_of(self) -> str:
         """What the result is made of, see `made_of`."""
-        return made_of(self.source_state, self.recipe)
+        return made_of(self.source_state, self.recipe, allow_code=self.allow_code)
 
 
-def made_of(source_state: str, recipe: Recipe) -> str:
+def made_of(source_state: str, recipe: Recipe, *, allow_code: bool = False) -> str:
     """Name what a result is made of, without reading anything: the state of a listing and a recipe.
 
     Unlike a plan it says nothing of content, and nothing of the release that computes; empty where the state is.
     """
-    return digest_json([source_state, recipe_to_json(recipe)]) if source_state else ""
+    request = [recipe_to_json(recipe), *(["code"] if allow_code else [])]
+    return digest_json([source_state, *request]) if source_state else ""
 
 
 def units_of(tensor: TensorPlan, schemes: Sequence[Scheme]) -> Iterator[Unit]:

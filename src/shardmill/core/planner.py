@@ -10,12 +10,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from shardmill.core.dtypes import CODES, COMPUTABLE
 from shardmill.core.experts import Sizes, Stack, choose_layout, parse_stack, read_sizes
+from shardmill.core.findings import check_copies, check_partners
+from shardmill.core.foreign import levels
 from shardmill.core.fused import fused_leaves, may_fuse
 from shardmill.core.header import TensorSpec
+from shardmill.core.limits import Limits, above
 from shardmill.core.matching import Matcher, split_name, templates
 from shardmill.core.plan import (
     COPY,
@@ -94,6 +97,7 @@ class _Planner:
     recipe: Recipe
     sizes: Sizes
     matcher: Matcher
+    limits: Limits
     layouts: dict[str, str | None] = field(default_factory=dict)
     """Layout of the expert stacks below a prefix."""
     problems: list[Problem] = field(default_factory=list)
@@ -180,6 +184,10 @@ class _Planner:
 
     def _decide_stack(self, spec: TensorSpec, stack: Stack, shard: str) -> _Decision:
         """Split a stack when every expert in it is quantized alike; copy it when none is."""
+        if spec.shape[0] > self.limits.stack_experts:
+            what = f"a stack of {spec.shape[0]} experts"
+            self.problems.append(above("stack_experts", what, self.limits, file=shard, tensor=spec.name))
+            return _Decision(COPY, "too many experts")
         whole = f"{stack.prefix}.{stack.leaf}"
         ignored = self.matcher.ignored_by(whole)
         found = {self._resolve(module) for expert in range(spec.shape[0]) for module in stack.modules(expert)}
@@ -229,7 +237,8 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     Checks that need the whole checkpoint are made here; those of single tensors by `checks.check_shard`.
     """
     sizes = read_sizes(checkpoint.config)
-    planner = _Planner(recipe, sizes, Matcher.build([g.targets for g in recipe.groups], recipe.ignore))
+    matcher = Matcher.build([g.targets for g in recipe.groups], recipe.ignore)
+    planner = _Planner(recipe, sizes, matcher, checkpoint.intake.limits)
     planner.layouts = _stack_layouts(checkpoint, sizes, recipe)
     schemes = tuple(group.scheme for group in recipe.groups)
     decided = [planner.decide_all(shard) for shard in checkpoint.shards]
@@ -253,6 +262,7 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         *_check_coverage(planner, shards, heads),
     ]
     problems += _check_config(checkpoint)
+    cautions = [*check_copies(shards), *check_partners(_fusable(checkpoint, decided))]
     return Plan(
         recipe=recipe,
         shards=shards,
@@ -261,9 +271,11 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         model_types=sizes.model_types,
         files=checkpoint.files,
         left_out=checkpoint.left_out,
+        rewritten=checkpoint.rewritten,
+        allow_code=checkpoint.intake.allow_code,
         ignore=_dense_modules({*planner.linear_modules, *heads}, shards),
         problems=tuple(sorted(set(problems))),
-        warnings=tuple(sorted({*checkpoint.warnings, *planner.warnings, *_partial_blocks(shards)})),
+        warnings=tuple(sorted({*checkpoint.warnings, *planner.warnings, *_partial_blocks(shards), *cautions})),
     )
 
 
@@ -359,6 +371,14 @@ def _fused_members(checkpoint: Checkpoint, decided: Sequence[Sequence[_Decision]
                 yield [rows[position] for position in positions]
 
 
+def _fusable(checkpoint: Checkpoint, decided: Sequence[Sequence[_Decision]]) -> Iterator[tuple[str, str]]:
+    """Shard and module of every matrix that engines may fuse with others."""
+    for shard, decisions in zip(checkpoint.shards, decided, strict=True):
+        for spec, decision in zip(shard.header.tensors, decisions, strict=True):
+            if decision.fused_at:
+                yield shard.name, spec.name.removesuffix(".weight")
+
+
 @lru_cache(maxsize=4096)
 def _fused_positions(weights: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
     """Where the members of each fused set stand among the weights below one parent; of a name that repeats, the last.
@@ -425,6 +445,9 @@ def _is_agreed(checkpoint: Checkpoint) -> bool:
     return count == len(place_of)
 
 
+_QUANTIZATION: Final = ("quantization_config", "compression_config")
+
+
 def _check_coverage(planner: _Planner, shards: Iterable[ShardPlan], heads: Sequence[str]) -> list[Problem]:
     problems = [
         Problem(
@@ -441,9 +464,7 @@ def _check_coverage(planner: _Planner, shards: Iterable[ShardPlan], heads: Seque
 
 
 def _check_config(checkpoint: Checkpoint) -> list[Problem]:
-    config = checkpoint.config
-    nested = [config, *(value for value in config.values() if isinstance(value, dict))]
-    if any(level.get("quantization_config") or level.get("compression_config") for level in nested):
+    if any(level.get(key) for level in levels(checkpoint.config) for key in _QUANTIZATION):
         message = "the source has a quantization_config: it is quantized already"
         return [
             Problem(

@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from shardmill.core.assemble import totals
+from shardmill.core.findings import check_statistics
 from shardmill.core.folding import fold_names
 from shardmill.core.manifest import Manifest, Totals, parse_manifest
 from shardmill.core.plan import COPY, Plan, ShardPlan, TensorPlan
 from shardmill.core.receipt import WeightRecord
-from shardmill.core.recipe import Recipe, recipe_to_json
-from shardmill.core.scheme import WeightArgs
+from shardmill.core.recipe import recipe_to_json
 from shardmill.errors import Problem, show
 
 PLAN_SCHEMA: Final = 1
@@ -24,9 +24,6 @@ WORST_SHOWN: Final = 10
 NAMES_SHOWN: Final = 8
 WARNINGS_SHOWN: Final = 100
 PROXY: Final = "weight error is a proxy: it does not measure the quality of the model's answers"
-FAR_ABOVE: Final = 3.0
-"""Times the typical error from which on an error is worth a warning."""
-_ZEROED_SHARE: Final = 0.05
 _UNITS: Final = ("bytes", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -87,8 +84,8 @@ def summarize(manifest: Mapping[str, Any]) -> Summary:
 
 def summarize_manifest(manifest: Manifest) -> Summary:
     """Summarize a result from its parsed manifest."""
-    weights = [weight for shard in manifest.shards for weight in shard.weights]
-    by_error = sorted(weights, key=lambda weight: (-_error_key(weight), weight.module))
+    weights = [(shard.name, weight) for shard in manifest.shards for weight in shard.weights]
+    by_error = sorted((weight for _, weight in weights), key=lambda weight: (-_error_key(weight), weight.module))
     return Summary(
         totals=manifest.totals,
         shards=len(manifest.shards),
@@ -98,7 +95,7 @@ def summarize_manifest(manifest: Manifest) -> Summary:
             for tensor in shard.tensors
         ),
         worst=tuple(by_error[:WORST_SHOWN]),
-        warnings=(*manifest.warnings, *check_statistics(weights, manifest.recipe)),
+        warnings=tuple(dict.fromkeys((*manifest.warnings, *check_statistics(weights, manifest.recipe)))),
     )
 
 
@@ -141,46 +138,6 @@ def _decisions(tensors: Iterable[tuple[tuple[str, str, str], str]]) -> tuple[Dec
 def _error_key(weight: WeightRecord) -> float:
     error = weight.statistics.relative_error
     return math.inf if math.isnan(error) else error
-
-
-def typical_error(args: WeightArgs) -> float:
-    """Relative error of a Gaussian weight under a scheme, to tell the usual from the unusual.
-
-    Measured: FP8 .027, NVFP4 .095, MXFP4 .112, MXFP8 .027, INT4 in groups of 128 .111 (asymmetric .100), INT8 per
-    channel .0082. Other integer widths follow from the size of a step.
-
-    >>> from shardmill.core.scheme import preset
-    >>> [round(typical_error(preset(name).weights), 4) for name in ("FP8_DYNAMIC", "W8A8", "W8A16", "W4A16_ASYM")]
-    [0.027, 0.0082, 0.0065, 0.1]
-    """
-    if args.type == "float":
-        return 0.027 if args.num_bits == 8 else 0.095 if args.has_global_scale else 0.112
-    four_bits = 0.139 if args.strategy != "group" else 0.111 if args.symmetric else 0.1
-    return four_bits * 15 / ((1 << args.num_bits) - 1)
-
-
-def check_statistics(weights: Iterable[WeightRecord], recipe: Recipe) -> list[Problem]:
-    """Name the weights that lost more than their scheme explains; one warning for each and reason, folded."""
-    schemes = {group.scheme.label: group.scheme.weights for group in recipe.groups}
-    found: dict[tuple[str, str], list[str]] = {}
-    for weight in weights:
-        args = schemes.get(weight.scheme)
-        if args is not None:
-            for finding in _unusual(weight, args):
-                found.setdefault(finding, []).append(weight.module)
-    return [
-        Problem(tensor=", ".join(fold_names(modules)), kind=kind, message=message)
-        for (kind, message), modules in found.items()
-    ]
-
-
-def _unusual(weight: WeightRecord, args: WeightArgs) -> Iterator[tuple[str, str]]:
-    statistics = weight.statistics
-    usual = typical_error(args)
-    if not statistics.relative_error <= FAR_ABOVE * usual:
-        yield "error-unusual", f"relative error more than {FAR_ABOVE:g} x the usual {usual:.2g} of {weight.scheme}"
-    if args.num_bits >= 8 and statistics.zeroed > _ZEROED_SHARE * statistics.nonzero:
-        yield "zeroed", f"more than {_ZEROED_SHARE:.0%} of what is not zero became zero at {args.num_bits} bits"
 
 
 def human_bytes(size: float) -> str:

@@ -56,6 +56,20 @@ class Twice:
 
 
 @dataclass(frozen=True, slots=True)
+class Copies:
+    """Bytes of several small units that are carried over: a shard may have a hundred thousand of them."""
+
+    span: Span
+    parts: tuple[tuple[int, int, int], ...]
+    """Unit, and begin and end of its bytes within the span."""
+
+    @property
+    def held_bytes(self) -> int:
+        """As `Copy.held_bytes`."""
+        return self.span.length
+
+
+@dataclass(frozen=True, slots=True)
 class Measure:
     """Rows that are read for the extent of a tensor or fused set."""
 
@@ -172,7 +186,7 @@ class Slab:
 
 SlabBlock = tuple[int, bool, EncodedBlock | memoryview]
 """Unit, whether it is the unit's last, and a row block with memory of its own, or plain bytes where they are copied."""
-Piece = Copy | Measure | Encode | Slab
+Piece = Copy | Copies | Measure | Encode | Slab
 
 
 def gather_rows(slab: memoryview, unit: Unit, first: int, count: int) -> memoryview:
@@ -186,14 +200,19 @@ def cut(shard: ShardPlan, units: Sequence[Unit], block: BlockSize) -> Iterator[P
     """Cut the work on a shard into pieces, in the order of its units; `block` may shrink meanwhile."""
     fused = {tensor.spec.name: tensor.fused for tensor in shard.tensors if tensor.fused}
     measured: set[str] = set()
+    copies: list[tuple[int, Unit]] = []
     for (begin, is_slab), group in groupby(enumerate(units), lambda entry: (entry[1].begin, _is_slab(entry[1]))):
         if is_slab:
+            yield from _copies(shard, copies)
+            copies.clear()
             yield _slab(shard, begin, tuple(group))
             continue
         for number, unit in group:
             if unit.scheme is None:
-                yield from _copy(shard, number, unit)
+                copies.append((number, unit))
                 continue
+            yield from _copies(shard, copies)
+            copies.clear()
             key = None
             if unit.scheme.weights.strategy in ("tensor", "tensor_group"):
                 key, refs = _extent_of(shard, unit, unit.scheme, fused.get(unit.tensor.name, ()))
@@ -203,6 +222,7 @@ def cut(shard: ShardPlan, units: Sequence[Unit], block: BlockSize) -> Iterator[P
                     for ref in refs:
                         yield from _measures(key, ref, block)
             yield from _encodes(shard, number, unit, unit.scheme, key, block)
+    yield from _copies(shard, copies)
 
 
 def _is_slab(unit: Unit) -> bool:
@@ -216,11 +236,28 @@ def _slab(shard: ShardPlan, begin: int, units: tuple[tuple[int, Unit], ...]) -> 
     return Slab(Span(shard.name, shard.data_start + begin, length), units, shares)
 
 
-def _copy(shard: ShardPlan, number: int, unit: Unit) -> Iterator[Copy]:
-    begin, length = unit.begin + unit.first * unit.row_bytes, unit.outputs[0].nbytes
-    start = shard.data_start + begin
-    if not length:
-        yield Copy(Span(shard.name, start, 0), number, is_last=True)
+def _copies(shard: ShardPlan, units: Sequence[tuple[int, Unit]]) -> Iterator[Copy | Copies]:
+    """Copy units that follow each other; small ones whose bytes do so too are read at once."""
+    parts: list[tuple[int, int, int]] = []
+    first = end = 0
+    for number, unit in units:
+        length = unit.outputs[0].nbytes
+        begin = shard.data_start + unit.begin + unit.first * unit.row_bytes
+        if parts and length and (begin != end or end + length - first > COPY_BYTES):
+            yield Copies(Span(shard.name, first, end - first), tuple(parts))
+            parts = []
+        if length > COPY_BYTES:
+            yield from _copy(shard, number, begin, length)
+            continue
+        if not parts:
+            first = end = begin
+        parts.append((number, end - first, end - first + length))
+        end += length
+    if parts:
+        yield Copies(Span(shard.name, first, end - first), tuple(parts))
+
+
+def _copy(shard: ShardPlan, number: int, start: int, length: int) -> Iterator[Copy]:
     for done in range(0, length, COPY_BYTES):
         size = min(COPY_BYTES, length - done)
         yield Copy(Span(shard.name, start + done, size), number, is_last=done + size == length)

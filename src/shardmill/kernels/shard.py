@@ -25,7 +25,7 @@ from shardmill.core.statistics import Extent, Statistics
 from shardmill.errors import Interrupted, NonFiniteWeight
 from shardmill.kernels.crew import Crew, crew_of
 from shardmill.kernels.lanes import EncodedBlock, Lane, needs_torch
-from shardmill.kernels.pieces import Copy, Encode, Measure, Piece, Slab, Twice, cut
+from shardmill.kernels.pieces import Copies, Copy, Encode, Measure, Piece, Slab, Twice, cut
 
 WriteChunk = Callable[[memoryview], None]
 """Appends bytes to the data section of the output shard."""
@@ -54,11 +54,15 @@ def encode_shard(
     announce: Announce = _at_once,
     should_stop: Callable[[], bool] = bool,
     new_scratch: NewScratch = tempfile.TemporaryFile,
+    layout: ShardLayout | None = None,
 ) -> tuple[WeightRecord, ...]:
     """Compute one output shard and hand its data section to `write`, in the planned order and without the header.
 
     `read` and `write` are called from several threads, each from one at a time. Where `announce` puts the shard off,
     other shards are worked on until it agrees.
+
+    Args:
+        layout: of the shard, where it is known already.
 
     Raises:
         NonFiniteWeight: NaN or Inf in a weight that is to be quantized; the first in the order of the output.
@@ -66,7 +70,7 @@ def encode_shard(
         Interrupted: `should_stop` said so between two row blocks.
     """
     crew = crew_of(device, is_torch=needs_torch(shard, device))
-    layout = shard.layout()
+    layout = layout or shard.layout()
     output = _Output(layout, write, new_scratch)
     encoding = _Encoding(crew, cut(shard, layout.units, crew.block), read, announce, output, should_stop)
     try:
@@ -322,11 +326,17 @@ class _Encoding:
             self.crew.window.give_back(piece.held_bytes)
             raise
 
+    def _put_all(self, piece: Copies, data: memoryview) -> None:
+        for number, begin, end in piece.parts:
+            self.output.put(number, data[begin:end], is_last=True)
+
     def _work(self, piece: Piece, lane: Lane, data: memoryview) -> Callable[[], None]:
         """Do the arithmetic of a piece; returns what writes its result. A bad weight raises there, in its turn."""
         try:
             if isinstance(piece, Copy):
                 return lambda: self.output.put(piece.unit, data, is_last=piece.is_last)
+            if isinstance(piece, Copies):
+                return lambda: self._put_all(piece, data)
             if isinstance(piece, Measure):
                 self._merge(piece.key, piece.work(lane, data))
                 return _nothing

@@ -29,7 +29,6 @@ from shardmill.storage.source import SourceFolder, open_source
 from shardmill.storage.store import listing_state
 
 _MANIFEST_LIMIT: Final = 4_000_000
-_INDEX_LIMIT: Final = 256_000_000
 _SETTLE_SECONDS: Final = 2.1
 """After which the state of files that were just written can be told."""
 
@@ -104,7 +103,7 @@ def _missing_shards(source: SourceFolder, listing: Mapping[str, FileIdentity]) -
     if INDEX_NAME not in listing:
         return ""
     try:
-        shards = parse_index(source.read_text(INDEX_NAME, _INDEX_LIMIT)).shards
+        shards = parse_index(source.read_text(INDEX_NAME, "index_bytes"), limits=source.intake.limits).shards
     except Refused:
         return ""
     missing = [name for name in shards if name not in listing]
@@ -119,7 +118,7 @@ def is_done(locations: Locations, recipe: Recipe, state: str) -> bool:
     Raises:
         StorageFailed: destination or store cannot be reached.
     """
-    wanted = made_of(state, recipe)
+    wanted = made_of(state, recipe, allow_code=locations.intake.allow_code)
     if not wanted:
         return False
     destination = parse_location(locations.destination)

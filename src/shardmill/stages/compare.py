@@ -12,18 +12,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from shardmill.core.findings import FAR_ABOVE, typical_error
 from shardmill.core.layout import WORD_BITS, Unit, rows_per_block
 from shardmill.core.plan import Plan, ShardPlan
 from shardmill.core.planner import build_plan
 from shardmill.core.recipe import Group, Recipe
 from shardmill.core.scheme import Scheme, preset
 from shardmill.core.statistics import Statistics
-from shardmill.core.summary import FAR_ABOVE, typical_error
 from shardmill.core.written import Located, WrittenGroup, check_modules, code_shape, unsafe_names
 from shardmill.errors import Problem, Refused, show
 from shardmill.kernels.threads import cores
 from shardmill.stages.devices import limit_threads
-from shardmill.stages.result import BLOCK_BYTES, Readers, Result, VerifyWatch, read_result, stored_shapes
+from shardmill.stages.result import BLOCK_BYTES, INTAKE, Readers, Result, VerifyWatch, read_result, stored_shapes
 from shardmill.storage.source import SourceFolder, open_source, read_checkpoint
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def verify_against(
     result = read_result(destination)
     if result.checkpoint.problems or result.config.problems:
         return (), sorted({*result.checkpoint.problems, *result.config.problems})
-    origin = open_source(source)
+    origin = open_source(source, INTAKE)
     plan = _plan_of(result, origin)
     told.on_total(plan.source_bytes)
     with ExitStack() as stack:

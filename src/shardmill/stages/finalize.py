@@ -15,7 +15,7 @@ from shardmill.core.receipt import Receipt
 from shardmill.errors import DestinationInvalid, ShardmillError, SourceChanged, show
 from shardmill.stages.plan import Locations
 from shardmill.storage.claim import Claim, new_claim
-from shardmill.storage.hashing import hash_file
+from shardmill.storage.hashing import hash_bytes, hash_file
 from shardmill.storage.location import parse_location
 from shardmill.storage.publish import Destination, Piece, Release, in_use, is_whole
 from shardmill.storage.source import SourceFolder
@@ -52,9 +52,9 @@ def finalize(
     if is_free:
         release = Release(
             shards=tuple(_shard_piece(shard.name, receipts[shard.name], store) for shard in plan.shards),
-            files=tuple(_file_piece(name, files[name], source) for name in plan.files),
+            files=tuple(_file_piece(name, digest, source, dict(plan.rewritten)) for name, digest in files.items()),
             manifest=assemble.encode_document(document),
-            index=assemble.output_index(plan),
+            index=assemble.output_index(plan, receipts),
             config=assemble.encode_document(assemble.config_document(plan)),
         )
         _publish(destination, release, claim, document)
@@ -89,8 +89,9 @@ def _shard_piece(name: str, receipt: Receipt, store: Store) -> Piece:
     return Piece(name=name, folder=store.folder, origin=origin, mark=receipt.key, digest=receipt.blob.whole)
 
 
-def _file_piece(name: str, digest: str, source: SourceFolder) -> Piece:
-    return Piece(name=name, folder=source.folder, origin=name, mark=digest, digest=Digest.parse(digest))
+def _file_piece(name: str, digest: str, source: SourceFolder, rewritten: Mapping[str, str]) -> Piece:
+    data = rewritten[name].encode() if name in rewritten else None
+    return Piece(name=name, folder=source.folder, origin=name, mark=digest, digest=Digest.parse(digest), data=data)
 
 
 def claim_of(plan: Plan, source: SourceFolder, run: str = "") -> Claim:
@@ -100,7 +101,7 @@ def claim_of(plan: Plan, source: SourceFolder, run: str = "") -> Claim:
     with ThreadPoolExecutor(_READERS) as pool:
         states = dict(zip(names, (found.fingerprint() for found in pool.map(source.identity, names)), strict=True))
     outlines = [(shard.name, shard.outline()) for shard in plan.shards]
-    return new_claim(digest_json([outlines, states, config]), run)
+    return new_claim(digest_json([outlines, states, config, plan.rewritten]), run)
 
 
 def clear_claim(plan: Plan, source: SourceFolder, locations: Locations) -> None:
@@ -144,9 +145,12 @@ def _note(plan: Plan, digest: str, keys: Iterable[str], locations: Locations, st
 
 
 def _file_digests(plan: Plan, source: SourceFolder) -> dict[str, str]:
+    """Digests of all other files of the result, sorted by name."""
     with ThreadPoolExecutor(_READERS) as pool:
         digests = pool.map(lambda name: str(hash_file(source.folder, name)[0].whole), plan.files)
-        return dict(zip(plan.files, digests, strict=True))
+        found = dict(zip(plan.files, digests, strict=True))
+    found |= {name: str(hash_bytes(text.encode())) for name, text in plan.rewritten}
+    return dict(sorted(found.items()))
 
 
 def is_published(destination: Destination, manifest: Mapping[str, Any]) -> bool:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from shardmill.core.limits import Intake
 from shardmill.core.plan import Plan
 from shardmill.core.planner import build_plan
 from shardmill.core.recipe import Recipe
+from shardmill.errors import show
 from shardmill.storage.location import HUB, Location, open_location, parse_location
 from shardmill.storage.publish import Destination, open_destination
-from shardmill.storage.source import SourceFolder, open_source, read_checkpoint
+from shardmill.storage.source import SourceFolder, Survey, open_source, read_checkpoint
 from shardmill.storage.store import FAST, FOLDER_NAME, Store, listing_state
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +29,8 @@ class Locations:
     destination: str
     store: str = ""
     """Empty for `.shardmill` beside the destination."""
+    intake: Intake = field(default_factory=Intake)
+    """What is taken in of the source."""
 
     def open_source(self) -> SourceFolder:
         """Open the source.
@@ -31,7 +38,7 @@ class Locations:
         Raises:
             CheckpointInvalid: there is no such folder.
         """
-        return open_source(self.source)
+        return open_source(self.source, self.intake)
 
     def pinned(self) -> Locations:
         """The same locations, with the commit of a Hub source in place of its branch or tag, looked up once.
@@ -64,9 +71,18 @@ class Locations:
 def make_plan(source: SourceFolder, recipe: Recipe) -> Plan:
     """Plan the conversion of a checkpoint; what is wrong with it is in `Plan.problems`."""
     with collection_paused():
-        listing = source.listing()  # before anything is read: what arrives later is not in the plan
-        found = build_plan(read_checkpoint(source, tuple(listing)), recipe)
-        return replace(found, source_state=listing_state(listing))
+        seen = source.survey()  # before anything is read: what arrives later is not in the plan
+        _tell_second_names(seen)
+        found = build_plan(read_checkpoint(source, seen), recipe)
+        return replace(found, source_state=listing_state(seen.files))
+
+
+def _tell_second_names(seen: Survey) -> None:
+    """Warn of files that could be changed under another name; a property of the disk, and so not of the result."""
+    names = [name for name, state in seen.files.items() if state.links > 1]
+    if names:
+        more = f" and {len(names) - 1} more files have" if len(names) > 1 else " has"
+        log.warning("%s%s a second name on this disk (hard link); used as it is", show(names[0]), more)
 
 
 @contextmanager

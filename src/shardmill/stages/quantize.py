@@ -230,6 +230,7 @@ def _compute(sources: _Sources, store: Store, controls: Controls) -> Receipt:
                 announce=sources.announce,
                 should_stop=controls.should_stop,
                 new_scratch=store.new_scratch,
+                layout=layout,
             )
         except BaseException:
             writer.abort()

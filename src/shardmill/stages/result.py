@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from shardmill.core.assemble import MANIFEST_NAME
-from shardmill.core.header import parse_json
+from shardmill.core.limits import RESULT, Intake
 from shardmill.core.manifest import Manifest, parse_manifest
 from shardmill.core.plan import Checkpoint
+from shardmill.core.strict_json import parse_json
 from shardmill.core.written import Located, WrittenConfig, parse_written_config, quantized_modules
 from shardmill.errors import CheckpointInvalid, Problem
 from shardmill.storage.folder import Reader
@@ -19,6 +20,7 @@ from shardmill.storage.source import SourceFolder, open_source, read_checkpoint
 
 BLOCK_BYTES: Final = 32 << 20
 """Bytes of a tensor that are read at a time."""
+INTAKE: Final = Intake(limits=RESULT)
 _MANIFEST_LIMIT: Final = 512_000_000
 """Bytes; a hundred thousand tensors take about 50 MB."""
 
@@ -60,7 +62,7 @@ def read_result(destination: str) -> Result:
     Raises:
         CheckpointInvalid: there is no such folder.
     """
-    folder = open_source(destination)
+    folder = open_source(destination, INTAKE)
     checkpoint = read_checkpoint(folder)
     tensors = {
         spec.name: Located(shard.name, shard.header.data_start, spec)
@@ -84,7 +86,7 @@ def _read_manifest(folder: SourceFolder) -> tuple[Manifest | None, tuple[Problem
         return None, ()
     try:
         data = folder.read_text(MANIFEST_NAME, _MANIFEST_LIMIT)
-        return parse_manifest(parse_json(data, file=MANIFEST_NAME, kind="manifest-invalid")), ()
+        return parse_manifest(parse_json(data, file=MANIFEST_NAME, kind="manifest-invalid", limits=RESULT)), ()
     except CheckpointInvalid as error:
         return None, error.problems
 
@@ -95,9 +97,9 @@ def read_manifest_of(destination: str) -> Manifest:
     Raises:
         CheckpointInvalid: there is no such folder, or no manifest in it that can be read.
     """
-    folder = open_source(destination)
+    folder = open_source(destination, INTAKE)
     data = folder.read_text(MANIFEST_NAME, _MANIFEST_LIMIT)
-    return parse_manifest(parse_json(data, file=MANIFEST_NAME, kind="manifest-invalid"))
+    return parse_manifest(parse_json(data, file=MANIFEST_NAME, kind="manifest-invalid", limits=RESULT))
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ from typing import Final
 
 from shardmill.core.assemble import CONFIG_NAME, MANIFEST_NAME, result_digest
 from shardmill.core.digest import Digest
+from shardmill.core.foreign import PICKLE, WEIGHTS
 from shardmill.core.manifest import Manifest
 from shardmill.core.written import (
     Located,
@@ -65,9 +66,10 @@ def verify(destination: str, watch: VerifyWatch | None = None) -> list[Problem]:
 def _check_unnamed(result: Result, watch: VerifyWatch) -> list[Problem]:
     """Weight files that a loader may take although the index does not name them; other strangers are told of."""
     left_out = dict(result.checkpoint.left_out)
-    weights = [name for name, reason in left_out.items() if reason.startswith("a weight file")]
+    ours = {name for name, _ in result.manifest.files} if result.manifest is not None else set()
+    weights = [name for name, reason in left_out.items() if reason in (WEIGHTS, PICKLE) and name not in ours]
     if result.manifest is not None:
-        known = {MANIFEST_NAME, *(name for name, _ in result.manifest.files), *weights}
+        known = {MANIFEST_NAME, *ours, *weights}
         others = sorted({*left_out, *result.checkpoint.files} - known)
         if others := [name for name in others if not name.startswith(".")]:
             watch.on_note(f"{len(others)} files that the manifest does not name, the first is {show(others[0])}")

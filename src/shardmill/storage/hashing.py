@@ -19,6 +19,11 @@ EDGE_BYTES: Final = 64_000_000
 _CHUNK_BYTES: Final = 4 << 20
 
 
+def hash_bytes(data: bytes) -> Digest:
+    """Digest of what is in memory, as of a file with this content."""
+    return Digest("blake3", blake3(data).hexdigest())
+
+
 class BlobHashes:
     """BLAKE3 of a stream of known length, and of its first and last block."""
 

@@ -18,13 +18,13 @@ from huggingface_hub import constants
 
 from shardmill.core.digest import Digest
 from shardmill.core.index import INDEX_NAME, SINGLE_NAME, parse_index
+from shardmill.core.limits import DEFAULTS
 from shardmill.errors import Refused
 from shardmill.storage.operations import operation
 
 COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _REF_LIMIT: Final = 100
-_INDEX_LIMIT: Final = 256_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def missing_files(files: Mapping[str, CachedFile], subfolder: str) -> tuple[str,
 
 
 def _shards(names: set[str], index: CachedFile | None) -> tuple[str, ...]:
-    if index is not None and index.size <= _INDEX_LIMIT:
+    if index is not None and index.size <= DEFAULTS.index_bytes:
         with operation("read", index.path):
             data = index.path.read_bytes()
         try:

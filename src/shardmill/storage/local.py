@@ -15,13 +15,15 @@ import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, cast
 
 from shardmill.core.receipt import BlobDigests
-from shardmill.errors import FileTooLarge, ObjectMissing, Problem, SourceChanged, StorageFailed, refuse, show
+from shardmill.errors import FileTooLarge, ObjectMissing, Problem, SourceChanged, StorageFailed, show
 from shardmill.storage.folder import FileIdentity, Folder, Traits
+from shardmill.storage.guard import open_inside, real_file
 from shardmill.storage.hashing import BlobHashes
 from shardmill.storage.operations import operation
 
@@ -36,6 +38,7 @@ _DIRECT_BLOCKS: Final = 4
 _ALIGNMENT: Final = 4096
 """Of memory, offsets and lengths that bypass the page cache; a multiple of every disk's block."""
 _TEMPORARY: Final = ".shardmill-*.tmp"
+_READ: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 _BACKDATED_NS: Final = 4_000_000_000
@@ -59,14 +62,14 @@ def identify(path: Path, status: os.stat_result) -> FileIdentity:
 class RangeReader:
     """An open source file; raises `SourceChanged` on leaving when the file is not the one it opened."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, open_file: Callable[[], int] | None = None) -> None:
         self.path = path
         self.bytes_read = 0
         self._ahead = 0
         """Up to where the kernel was asked to read."""
         with operation("open", path):
             try:
-                self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+                self._fd = open_file() if open_file else os.open(path, _READ)
             except (FileNotFoundError, NotADirectoryError) as error:
                 raise missing("open", path) from error
         status = os.fstat(self._fd)
@@ -402,12 +405,16 @@ def missing(name: str, path: Path) -> ObjectMissing:
 
 
 class LocalFolder:
-    """A folder on this machine's disk; see `Folder`."""
+    """A folder on this machine's disk; see `Folder`.
+
+    Of a `foreign` one no file is opened that is a link to the outside, or no regular file.
+    """
 
     traits: Final = Traits(kind="local", names_late=True, renames_folders=True)
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, foreign: bool = False) -> None:
         self.path: Path = path
+        self._foreign = foreign
 
     @property
     def url(self) -> str:
@@ -444,40 +451,23 @@ class LocalFolder:
 
     def check(self, name: str) -> None:
         """Make sure that a name is a regular file inside the folder, or in the Hub's cache."""
-        try:
-            real = (self.path / name).resolve(strict=True)
-            status = real.stat()
-        except (OSError, RuntimeError) as error:
-            raise refuse("file-missing", "file is missing", file=name, way_out="fetch it again") from error
-        if not stat.S_ISREG(status.st_mode):
-            raise refuse("file-irregular", "expected a regular file", file=name)
-        if not self._contains(real):
-            raise refuse(
-                "file-outside", "it is a link that leads out of the checkpoint", file=name, way_out="copy the file in"
-            )
-
-    def _contains(self, real: Path) -> bool:
-        """Inside the folder, or, of a snapshot in the cache of the Hub, among the blobs there."""
-        root = self.path.resolve()
-        repository = root.parent.parent
-        blobs = [repository / "blobs"] if root.parent.name == "snapshots" else []
-        if blobs and repository.name.startswith("models--"):
-            blobs.append(repository.parent / "blobs")
-        return any(map(real.is_relative_to, (root, *blobs)))
+        real_file(self.path, name)
 
     def read(self, name: str, limit: int) -> bytes:
         """Read a small file whole."""
         path = self.path / name
         with operation("read", path):
             try:
-                status = path.stat()
-                if not stat.S_ISREG(status.st_mode):
-                    raise missing("read", path)
-                size = status.st_size
-                if size > limit:
-                    raise FileTooLarge(errno.EFBIG, f"read {show(str(path), 200)}: {size} bytes, the limit is {limit}")
-                return path.read_bytes()
-            except (FileNotFoundError, NotADirectoryError) as error:
+                fd = open_inside(self.path, name) if self._foreign else os.open(path, _READ)
+                with os.fdopen(fd, "rb") as file:
+                    status = os.fstat(fd)
+                    if not stat.S_ISREG(status.st_mode):
+                        raise missing("read", path)
+                    if status.st_size > limit:
+                        message = f"read {show(str(path), 200)}: {status.st_size} bytes, the limit is {limit}"
+                        raise FileTooLarge(errno.EFBIG, message)
+                    return file.read(limit)
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
                 raise missing("read", path) from error
 
     def read_start(self, name: str, length: int) -> tuple[FileIdentity, bytes]:
@@ -489,7 +479,8 @@ class LocalFolder:
 
     def open(self, name: str) -> RangeReader:
         """Open a file for range reads."""
-        return RangeReader(self.path / name)
+        path = self.path / name
+        return RangeReader(path, partial(open_inside, self.path, name) if self._foreign else None)
 
     def prepare(self) -> None:
         """Make the folder, private to its owner."""

@@ -119,20 +119,23 @@ def _masked(url: str) -> str:
     return f"{kind}://{'…@' if at else ''}{re.split('[?#]', rest)[0]}"
 
 
-def open_folder(url: str) -> Folder:
+def open_folder(url: str, *, foreign: bool = False) -> Folder:
     """Open the folder that a path or URL names; there need not be one yet.
+
+    Args:
+        foreign: whether strangers filled it: links to the outside are not followed then.
 
     Raises:
         CheckpointInvalid: not a location that can be used.
         StorageFailed: a repository cannot be looked up.
     """
-    return open_location(parse_location(url))
+    return open_location(parse_location(url), foreign=foreign)
 
 
-def open_location(location: Location) -> Folder:
+def open_location(location: Location, *, foreign: bool = False) -> Folder:
     """Open the folder at a location."""
     if location.kind == LOCAL:
-        return LocalFolder(Path(location.path))
+        return LocalFolder(Path(location.path), foreign=foreign)
     if location.kind == MEMORY:
         from shardmill.storage.memory import open_memory
 

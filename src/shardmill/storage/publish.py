@@ -60,6 +60,8 @@ class Piece:
     """Names the content: job key of a shard, digest of another file."""
     digest: Digest | None
     """BLAKE3 of the content."""
+    data: bytes | None = None
+    """The content itself where there is no such file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +190,11 @@ def copy_file(piece: Piece, folder: Folder) -> None:
     Raises:
         TransferDamaged: they do not have the digest that they should have.
     """
+    if piece.data is not None:
+        with folder.writer(piece.name, len(piece.data), tags={_MARK: piece.mark}) as writer:
+            writer.write(memoryview(piece.data))
+            writer.commit()
+        return
     buffer = memoryview(bytearray(_COPY_BYTES))
     with piece.folder.open(piece.origin) as reader:
         size, hashed = reader.identity.size, SourceHash(reader, piece.digest)
@@ -400,7 +407,8 @@ class ObjectDestination:
             return found
         if found is not None and _MARK not in found.tags:
             raise in_use(self.url, f"{show(piece.name)} appeared there, and is not ours")
-        if not self.folder.copy_in(piece.name, piece.folder, piece.origin, tags={_MARK: piece.mark}):
+        is_text = piece.data is not None
+        if is_text or not self.folder.copy_in(piece.name, piece.folder, piece.origin, tags={_MARK: piece.mark}):
             copy_file(piece, self.folder)
         placed = self.folder.identity(piece.name)
         if placed is None:

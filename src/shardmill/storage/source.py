@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final
+from dataclasses import dataclass
+from typing import Any, Final
 
-from shardmill.core.header import LENGTH_BYTES, ShardHeader, header_length, parse_header, parse_json
+from shardmill.core.foreign import code_removed, is_config, names_code, sort_files, without_code
+from shardmill.core.header import LENGTH_BYTES, ShardHeader, header_length, parse_header
 from shardmill.core.index import INDEX_NAME, SINGLE_NAME, CheckpointIndex, parse_index
+from shardmill.core.limits import Intake, refuse_above
 from shardmill.core.plan import Checkpoint, SourceShard
+from shardmill.core.strict_json import parse_json
 from shardmill.errors import (
     CheckpointInvalid,
     FileTooLarge,
@@ -20,48 +24,31 @@ from shardmill.errors import (
     show,
 )
 from shardmill.storage.folder import FileIdentity, Folder, Reader
+from shardmill.storage.guard import Oddities, survey
 from shardmill.storage.location import open_folder
 
 CONFIG_NAME: Final = "config.json"
-_CONFIG_LIMIT: Final = 4_000_000
-_INDEX_LIMIT: Final = 256_000_000
 _READERS: Final = 16
 _HEADER_GUESS: Final = 256 << 10
 """Bytes of a shard that are asked for first; most headers are shorter."""
-_COPIED_NAMES: Final = frozenset(
-    [
-        "config.json",
-        "generation_config.json",
-        "params.json",
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "tekken.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-        "spiece.model",
-        "sentencepiece.bpe.model",
-        "preprocessor_config.json",
-        "processor_config.json",
-        "image_processor_config.json",
-        "video_preprocessor_config.json",
-        "chat_template.json",
-        "chat_template.jinja",
-    ]
-)
-_COPIED_PREFIXES: Final = ("license", "readme", "notice", "tokenizer.model.")
-_COPIED_SUFFIXES: Final = (".jinja",)
-_WEIGHT_SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What lies in a folder, as far as names tell."""
+
+    files: dict[str, FileIdentity]
+    """State by relative path, sorted; those in hidden folders left out."""
+    hidden: tuple[str, ...]
+    """Hidden folders."""
 
 
 class SourceFolder:
-    """A checkpoint, wherever it lies."""
+    """A checkpoint, wherever it lies, and what of it is taken in."""
 
-    def __init__(self, folder: Folder) -> None:
+    def __init__(self, folder: Folder, intake: Intake | None = None) -> None:
         self.folder = folder
+        self.intake = intake or Intake()
 
     def check(self, name: str) -> None:
         """Make sure that a file can be read.
@@ -88,19 +75,25 @@ class SourceFolder:
             raise _missing(name)
         return found
 
-    def read_text(self, name: str, limit: int) -> bytes:
+    def read_text(self, name: str, limit: str | int) -> bytes:
         """Read a small file whole.
 
+        Args:
+            limit: the name of one, or a number of bytes.
+
         Raises:
-            CheckpointInvalid: absent, or larger than `limit` bytes.
+            CheckpointInvalid: absent, or larger than the limit.
         """
+        most = getattr(self.intake.limits, limit) if isinstance(limit, str) else limit
         self._check_link(name)
         try:
-            return self.folder.read(name, limit)
+            return self.folder.read(name, most)
         except ObjectMissing as error:
             raise _missing(name) from error
         except FileTooLarge as error:
-            raise refuse("file-too-large", f"larger than the limit of {limit} bytes", file=name) from error
+            if isinstance(limit, str):
+                raise refuse_above(limit, "file too large", self.intake.limits, file=name) from error
+            raise refuse("file-too-large", f"larger than the limit of {most} bytes", file=name) from error
 
     def open(self, name: str) -> Reader:
         """Open a file for range reads.
@@ -122,8 +115,9 @@ class SourceFolder:
         """
         self._check_link(name)
         try:
+            limits = self.intake.limits
             identity, start = self.folder.read_start(name, _HEADER_GUESS)
-            length = header_length(start[:LENGTH_BYTES], identity.size, file=name)
+            length = header_length(start[:LENGTH_BYTES], identity.size, file=name, limits=limits)
             if LENGTH_BYTES + length > len(start):
                 again, start = self.folder.read_start(name, LENGTH_BYTES + length)
                 if again != identity:
@@ -131,16 +125,32 @@ class SourceFolder:
         except ObjectMissing as error:
             raise _missing(name) from error
         data = start[LENGTH_BYTES : LENGTH_BYTES + length]
-        return SourceShard(name, identity.size, parse_header(data, identity.size, file=name))
+        return SourceShard(name, identity.size, parse_header(data, identity.size, file=name, limits=limits))
+
+    def survey(self) -> Survey:
+        """Look at every file of the checkpoint; hidden folders are not entered."""
+        files: dict[str, FileIdentity] = {}
+        hidden: set[str] = set()
+        for name, state in self.folder.listing().items():
+            parts = name.split("/")[:-1]
+            at = next((n for n, part in enumerate(parts) if _is_hidden(part)), None)
+            if at is None:
+                files[name] = state
+            else:
+                hidden.add("/".join(parts[: at + 1]))
+        return Survey(files, tuple(sorted(hidden)))
 
     def listing(self) -> dict[str, FileIdentity]:
         """The state of every file of the checkpoint by relative path, sorted; hidden folders are not entered."""
-        found = self.folder.listing()
-        return {name: state for name, state in found.items() if not any(map(_is_hidden, name.split("/")[:-1]))}
+        return self.survey().files
 
     def names(self) -> tuple[str, ...]:
         """Every file of the checkpoint as a relative path, sorted; hidden folders are not entered."""
         return tuple(self.listing())
+
+    def oddities(self) -> Oddities:
+        """What is neither a plain file nor a plain folder; only disks have such things."""
+        return Oddities() if self.folder.path is None else survey(self.folder.path)
 
 
 def _is_hidden(part: str) -> bool:
@@ -151,50 +161,80 @@ def _missing(name: str) -> CheckpointInvalid:
     return refuse("file-missing", "file is missing", file=name, way_out="fetch it again")
 
 
-def open_source(url: str) -> SourceFolder:
+def open_source(url: str, intake: Intake | None = None) -> SourceFolder:
     """Open a source by path or URL.
 
     Raises:
         CheckpointInvalid: no such folder, or no such kind of location.
     """
-    folder = open_folder(url)
+    folder = open_folder(url, foreign=True)
     if not folder.exists():
         raise refuse("source-missing", "expected a folder with safetensors shards, config.json and tokenizer", file=url)
-    return SourceFolder(folder)
+    return SourceFolder(folder, intake)
 
 
-def read_checkpoint(source: SourceFolder, names: Sequence[str] | None = None) -> Checkpoint:
+def read_checkpoint(source: SourceFolder, found: Survey | None = None) -> Checkpoint:
     """Read everything a plan needs; what is wrong is collected in the result, not raised.
 
     Args:
-        names: of its files, where they are known already.
+        found: what lies there, where that is known already.
     """
     problems: list[Problem] = []
-    warnings: list[Problem] = []
-    names = source.names() if names is None else names
-    index = _read_index(source, names, problems)
-    shard_names = _choose_shards(names, index, problems)
+    seen = source.survey() if found is None else found
+    odd = source.oddities()
+    index = _read_index(source, seen.files, problems)
+    shard_names = _choose_shards(seen.files, index, problems)
     shards = _read_headers(source, shard_names, problems)
-    copied, left_out = _sort_other_files(names, shard_names)
-    for name, reason in left_out:
-        if name.endswith(".safetensors"):
-            warnings.append(Problem(file=name, kind="weight-file-left-out", message=reason))
+    apart = {*shard_names, INDEX_NAME, CONFIG_NAME}
+    others = sort_files(
+        [name for name in seen.files if name not in apart],
+        odd=odd.files,
+        hidden=sorted({*seen.hidden, *odd.hidden}),
+        allow_code=source.intake.allow_code,
+    )
+    config_text, rewritten, references = _read_configs(source, others.copied, problems)
+    files = _regular(source, [name for name in others.copied if name not in dict(rewritten)], problems)
     return Checkpoint(
         shards=shards,
         index=index,
-        config_text=_read_config(source, problems),
-        files=_regular(source, copied, problems),
-        left_out=left_out,
-        problems=tuple(problems),
-        warnings=(*warnings, *_unindexed(shards, index)),
+        config_text=config_text,
+        files=files,
+        left_out=others.left_out,
+        rewritten=rewritten,
+        problems=(*problems, *_links_out(odd)),
+        warnings=(*others.warnings, *references, *_links_in(odd), *_long_metadata(shards), *_unindexed(shards, index)),
+        intake=source.intake,
     )
+
+
+def _links_out(odd: Oddities) -> list[Problem]:
+    message = "a folder that is a link out of the checkpoint"
+    way_out = "replace the link by what it leads to"
+    return [Problem(file=n, kind="folder-outside", message=message, way_out=way_out) for n in odd.folders_out]
+
+
+def _links_in(odd: Oddities) -> list[Problem]:
+    message = "a folder that is a link; it is not entered"
+    return [Problem(file=name, kind="folder-link", message=message) for name in odd.folders_in]
+
+
+def _long_metadata(shards: Iterable[SourceShard]) -> list[Problem]:
+    return [
+        Problem(
+            file=shard.name,
+            kind="metadata-passed-over",
+            message=f"`__metadata__` of {shard.header.passed_over} bytes is above the limit `metadata_bytes`; not read",
+        )
+        for shard in shards
+        if shard.header.passed_over
+    ]
 
 
 def _read_index(source: SourceFolder, names: Iterable[str], problems: list[Problem]) -> CheckpointIndex | None:
     if INDEX_NAME not in names:
         return None
     try:
-        return parse_index(source.read_text(INDEX_NAME, _INDEX_LIMIT))
+        return parse_index(source.read_text(INDEX_NAME, "index_bytes"), limits=source.intake.limits)
     except Refused as error:
         problems += error.problems
         return None
@@ -228,35 +268,40 @@ def _read_headers(source: SourceFolder, names: Iterable[str], problems: list[Pro
     return tuple(result for result in found if isinstance(result, SourceShard))
 
 
-def _read_config(source: SourceFolder, problems: list[Problem]) -> str:
-    try:
-        data = source.read_text(CONFIG_NAME, _CONFIG_LIMIT)
-        if not isinstance(parse_json(data, file=CONFIG_NAME, kind="config-invalid"), Mapping):
-            raise refuse("config-invalid", "expected a JSON object", file=CONFIG_NAME)
-    except CheckpointInvalid as error:
-        problems += error.problems
-        return ""
-    return data.decode("utf-8-sig")
-
-
-def _sort_other_files(
-    names: Iterable[str], shards: Iterable[str]
-) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
-    """What is copied, by allow-list, and what is left out and why."""
-    copied: list[str] = []
-    left_out: list[tuple[str, str]] = []
-    apart = {*shards, INDEX_NAME, CONFIG_NAME}
-    for name in names:
-        if name in apart:
+def _read_configs(
+    source: SourceFolder, copied: Iterable[str], problems: list[Problem]
+) -> tuple[str, tuple[tuple[str, str], ...], list[Problem]]:
+    """Text of config.json, other configs that are written anew, and a warning for each that refers to code."""
+    others = [name for name in copied if is_config(name)]
+    with ThreadPoolExecutor(_READERS) as pool:
+        reads = pool.map(lambda name: _read_config(source, name), [CONFIG_NAME, *others])
+        config, *found = list(reads)
+    rewritten: list[tuple[str, str]] = []
+    warnings: list[Problem] = []
+    text = ""
+    for name, result in zip([CONFIG_NAME, *others], [config, *found], strict=True):
+        if isinstance(result, CheckpointInvalid):
+            problems += result.problems
             continue
-        base = name.rpartition("/")[2].lower()
-        if base.endswith(_WEIGHT_SUFFIXES) or ".safetensors." in base:
-            left_out.append((name, "a weight file that the index does not name"))
-        elif base in _COPIED_NAMES or base.startswith(_COPIED_PREFIXES) or base.endswith(_COPIED_SUFFIXES):
-            copied.append(name)
-        else:
-            left_out.append((name, "not on the list of files that are copied"))
-    return tuple(copied), tuple(left_out)
+        document, raw = result
+        text = raw if name == CONFIG_NAME else text
+        if names_code(document):
+            warnings.append(code_removed(name, is_kept=source.intake.allow_code))
+            if name != CONFIG_NAME and not source.intake.allow_code:
+                rewritten.append((name, without_code(document)))
+    return text, tuple(rewritten), warnings
+
+
+def _read_config(source: SourceFolder, name: str) -> tuple[Any, str] | CheckpointInvalid:
+    """A config as a value and as text."""
+    try:
+        data = source.read_text(name, "json_bytes")
+        document = parse_json(data, file=name, kind="config-invalid", limits=source.intake.limits)
+        if not isinstance(document, Mapping):
+            raise refuse("config-invalid", "expected a JSON object", file=name)
+    except CheckpointInvalid as error:
+        return error
+    return document, data.decode("utf-8")
 
 
 def _regular(source: SourceFolder, names: Iterable[str], problems: list[Problem]) -> tuple[str, ...]:
