@@ -18,7 +18,7 @@ from shardmill.core.outcome import ShardOutcome
 from shardmill.core.plan import Plan
 from shardmill.core.recipe import Recipe
 from shardmill.core.summary import human_bytes, summarize
-from shardmill.errors import Interrupted, ShardFailures
+from shardmill.errors import BlobsGone, Interrupted, ShardFailures
 from shardmill.flows import artifacts
 from shardmill.flows.parameters import QuantizeRequest
 from shardmill.orchestration.bench import Job, Workbench, uninspected, workbench
@@ -26,6 +26,8 @@ from shardmill.orchestration.cache import bytes_to_digest
 from shardmill.orchestration.executors import choose_executor
 from shardmill.orchestration.logs import library_logs
 from shardmill.stages.finalize import claim_of
+from shardmill.stages.pipeline import ROUNDS
+from shardmill.stages.quantize import failed_checks
 from shardmill.stages.validate import pin_readable, refuse_problems
 from shardmill.storage.location import parse_location
 from shardmill.tasks.finalize import finalize_checkpoint, find_published
@@ -44,6 +46,8 @@ class FlowSummary:
     shards: int
     hits: int
     """Shards that were not computed."""
+    store_checks_failed: int
+    """Records and blobs of the store that were found bad, and were not used."""
     bytes_read: int
     """Source tensor bytes that were read, for digests and for values."""
     source_bytes: int
@@ -80,10 +84,19 @@ def _convert(request: QuantizeRequest, job: Job, started: float) -> FlowSummary:
         if destination.is_free():
             claim = claim_of(plan, bench.source, job.run)
             with destination.claimed(claim):
-                outcomes = _quantize(plan, request, job, bench)
-                manifest = finalize_checkpoint(uninspected(plan), uninspected(outcomes), job, uninspected(claim))
+                for left in reversed(range(ROUNDS)):
+                    outcomes = _quantize(plan, request, job, bench)
+                    try:
+                        manifest = finalize_checkpoint(
+                            uninspected(plan), uninspected(outcomes), job, uninspected(claim)
+                        )
+                        break
+                    except BlobsGone:  # they were deleted since they were found or done
+                        if not left:
+                            raise
             hits, bytes_read = sum(o.is_hit for o in outcomes), sum(o.bytes_read for o in outcomes)
         else:
+            outcomes = ()
             bytes_read = bytes_to_digest(plan.shards, bench.source, bench.store)
             manifest = find_published(uninspected(plan), job)
             hits = _confirm(plan)
@@ -92,6 +105,7 @@ def _convert(request: QuantizeRequest, job: Job, started: float) -> FlowSummary:
             destination=str(parse_location(job.locations.destination)),
             shards=len(plan.shards),
             hits=hits,
+            store_checks_failed=failed_checks(outcomes, bench.store),
             bytes_read=bytes_read,
             source_bytes=summary.totals.source_bytes,
             output_bytes=summary.totals.output_bytes,
@@ -99,6 +113,8 @@ def _convert(request: QuantizeRequest, job: Job, started: float) -> FlowSummary:
             seconds=round(time.monotonic() - started, 1),
         )
         artifacts.show_report(summary, asdict(result))
+        if result.store_checks_failed:
+            get_run_logger().warning("store checks failed: %s; what failed was not used", result.store_checks_failed)
         get_run_logger().info(
             "%s of %s shards were done before, %s read", hits, len(plan.shards), human_bytes(bytes_read)
         )

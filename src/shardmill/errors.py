@@ -16,6 +16,7 @@
     │   ├── FileTooLarge                  a file that is read whole is above its limit
     │   └── StorageUnavailable            it may succeed a little later: connection, server error, timeout
     │       └── TransferDamaged           bytes do not have the digest that is known of them
+    ├── BlobsGone                         the store lost finished shards before they were published
     ├── ShardFailures                     some shards failed; the others are in the store
     ├── BatchFailures                     some checkpoints of a batch failed; the others are converted
     ├── Interrupted                       stopped on request; finished shards stay in the store
@@ -141,6 +142,10 @@ class DeviceExhausted(ShardmillError):
 
 class WorkerLost(ShardmillError):
     """The process that worked on a shard died, again and again; other shards are not affected."""
+
+
+class BlobsGone(ShardmillError):
+    """The store lost finished shards before they were published; they can be done again."""
 
 
 class Interrupted(ShardmillError):

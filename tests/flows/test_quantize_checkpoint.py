@@ -20,6 +20,7 @@ from served import Ask, artifacts, run_id, states
 from shardmill.core.recipe import uniform
 from shardmill.errors import DestinationInvalid, NonFiniteWeight, Refused, ShardFailures
 from shardmill.flows.quantize_checkpoint import FlowSummary, quantize_checkpoint
+from shardmill.stages import finalize
 from shardmill.stages.pipeline import RunOptions, run
 from shardmill.stages.plan import Locations
 
@@ -49,6 +50,32 @@ def test_a_second_run_into_the_same_destination_reads_no_tensor(ask: Ask, comput
     summary: FlowSummary = state.result()
     assert (summary.hits, summary.bytes_read, computed) == (4, 0, [])
     assert set(states(run_id(state), 4).values()) == {"Cached"}
+
+
+def test_checks_of_the_store_that_fail_are_counted_and_cost_work_only(
+    ask: Ask, tmp_path: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize_checkpoint(ask())
+    receipt = min((tmp_path / ".shardmill" / "receipts").iterdir())
+    receipt.write_bytes(receipt.read_bytes()[:100])
+    second = quantize_checkpoint(ask(destination=str(tmp_path / "second")))
+    assert (second.store_checks_failed, second.hits) == (1, 3)
+
+    # somebody deletes a blob right before the next run publishes
+    computed.clear()
+    check = finalize._check_blobs
+    blobs = sorted((tmp_path / ".shardmill" / "blobs").iterdir())
+
+    def check_after_loss(*args: Any) -> None:
+        for blob in blobs[:1]:
+            blob.unlink()
+        blobs.clear()
+        check(*args)
+
+    monkeypatch.setattr(finalize, "_check_blobs", check_after_loss)
+    third = quantize_checkpoint(ask(destination=str(tmp_path / "third")))
+    assert (third.store_checks_failed, third.hits, len(computed)) == (1, 3, 1)
+    assert files(tmp_path / "third") == files(tmp_path / "result")
 
 
 def test_a_second_run_into_another_destination_reads_no_tensor(ask: Ask, tmp_path: Path, computed: list[str]) -> None:
