@@ -9,7 +9,7 @@
     set-aside/                   blobs whose check failed
 
 A hit = the receipt parses, its key is the one asked for, it promises what the plan wants, and the blob has the recorded
-size and digests. Anything less is a miss with a warning, and is counted. A blob in the state in which it was verified is
+size and digests. Anything less is a counted miss with a warning. A blob in the state in which it was verified is
 not read again, but by full verification. With a key in the environment only sealed records count, see `storage.seal`,
 and a blob that is met for the first time is read whole.
 
