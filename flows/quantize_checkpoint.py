@@ -31,7 +31,7 @@ from shardmill.stages.quantize import failed_checks
 from shardmill.stages.validate import pin_readable, refuse_problems
 from shardmill.storage.location import parse_location
 from shardmill.tasks.finalize import finalize_checkpoint, find_published
-from shardmill.tasks.plan import plan_checkpoint
+from shardmill.tasks.plan import find_kept, plan_checkpoint
 from shardmill.tasks.quantize import confirm_shard, quantize_shard
 from shardmill.tasks.validate import CHUNK, validate_locations, validate_shards
 
@@ -124,15 +124,24 @@ def _convert(request: QuantizeRequest, job: Job, started: float) -> FlowSummary:
 def _checked_plan(recipe: Recipe, job: Job) -> Plan:
     """Plan and validate; every problem is found before the first tensor is read."""
     plan = plan_checkpoint(uninspected(recipe), job)
+    _refuse(plan, job)
+    if recipe.allow_nonfinite:
+        kept = find_kept(uninspected(plan), job)
+        plan = plan_checkpoint(uninspected(recipe), job, uninspected(kept))
+        _refuse(plan, job)
+    for warning in plan.warnings[:WARNINGS_LOGGED]:
+        get_run_logger().warning("%s", warning)
+    return plan
+
+
+def _refuse(plan: Plan, job: Job) -> None:
+    """Refuse a plan with every problem of it, of its shards and of the places."""
     taken = source_names(plan)
     problems = [*plan.problems, *validate_locations(uninspected(plan), job)]
     for first in range(0, len(plan.shards), CHUNK):
         shards = plan.shards[first : first + CHUNK]
         problems += validate_shards(uninspected(shards), uninspected(taken), first + 1, first + len(shards))
     refuse_problems(problems)
-    for warning in plan.warnings[:WARNINGS_LOGGED]:
-        get_run_logger().warning("%s", warning)
-    return plan
 
 
 def _quantize(plan: Plan, request: QuantizeRequest, job: Job, bench: Workbench) -> tuple[ShardOutcome, ...]:

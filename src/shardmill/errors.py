@@ -30,6 +30,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+NON_FINITE = "non-finite"
+"""Kind of every problem and warning about NaN and Inf."""
 MESSAGE_LIMIT = 300
 NAME_LIMIT = 120
 _SHOWN = 20

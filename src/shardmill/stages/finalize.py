@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -21,6 +22,7 @@ from shardmill.storage.publish import Destination, Piece, Release, in_use, is_wh
 from shardmill.storage.source import SourceFolder
 from shardmill.storage.store import Publication, Store, blob_name
 
+log = logging.getLogger(__name__)
 _READERS: Final = 4
 
 
@@ -46,6 +48,8 @@ def finalize(
     _check_source(plan, outcomes, source, claim)
     files = _file_digests(plan, source)
     document = _manifest(plan, outcomes, files)
+    for warning in assemble.copied_nonfinite(plan, receipts):
+        log.warning("%s", warning)
     is_free = destination.is_free()
     if not is_free and not is_published(destination, document):
         raise in_use(destination.url, "it holds the result of another plan")

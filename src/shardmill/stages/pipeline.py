@@ -15,6 +15,7 @@ from shardmill.core.recipe import Recipe
 from shardmill.errors import BlobsGone, Interrupted, ShardFailures
 from shardmill.stages.devices import DevicePool, resolve_devices
 from shardmill.stages.finalize import claim_of, clear_claim, finalize, published_result
+from shardmill.stages.nonfinite import find_kept
 from shardmill.stages.plan import Locations, make_plan
 from shardmill.stages.quantize import Controls, failed_checks, find_stored, quantize_shard
 from shardmill.stages.validate import pin_readable, refuse_problems, validate_locations, validate_plan
@@ -79,8 +80,11 @@ def run(
     source = locations.open_source()
     plan = make_plan(source, recipe)
     refuse_problems([*validate_plan(plan), *validate_locations(plan, locations, store)])
-    watch.on_plan(plan)
     store.prepare()
+    if recipe.allow_nonfinite:
+        plan = make_plan(source, recipe, find_kept(plan, source, store, stopping.is_set))
+        refuse_problems([*validate_plan(plan), *validate_locations(plan, locations, store)])
+    watch.on_plan(plan)
     destination = locations.open_destination()
     if not destination.is_free():
         return _finished(plan, locations, store, watch, started)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from shardmill.core.nonfinite import Kept
 from shardmill.core.plan import Plan
 from shardmill.core.planner import build_plan
 from shardmill.core.recipe import Recipe
@@ -61,11 +62,15 @@ class Locations:
         return Store(open_location(self.store_location), verify=verify)
 
 
-def make_plan(source: SourceFolder, recipe: Recipe) -> Plan:
-    """Plan the conversion of a checkpoint; what is wrong with it is in `Plan.problems`."""
+def make_plan(source: SourceFolder, recipe: Recipe, kept: Kept | None = None) -> Plan:
+    """Plan the conversion of a checkpoint; what is wrong with it is in `Plan.problems`.
+
+    Args:
+        kept: what is copied because of its values; see `stages.nonfinite`.
+    """
     with collection_paused():
         listing = source.listing()  # before anything is read: what arrives later is not in the plan
-        found = build_plan(read_checkpoint(source, tuple(listing)), recipe)
+        found = build_plan(read_checkpoint(source, tuple(listing)), recipe, kept)
         return replace(found, source_state=listing_state(listing))
 
 

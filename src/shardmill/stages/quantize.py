@@ -13,7 +13,7 @@ from importlib.metadata import version
 from shardmill.core.digest import Digest
 from shardmill.core.outcome import ShardOutcome
 from shardmill.core.plan import ShardPlan
-from shardmill.core.receipt import Receipt
+from shardmill.core.receipt import NonFinite, Receipt
 from shardmill.errors import Interrupted, SourceChanged, TransferDamaged, show
 from shardmill.stages.devices import DevicePool, limit_threads
 from shardmill.stages.validate import check_unchanged
@@ -219,6 +219,7 @@ def _compute(sources: _Sources, store: Store, controls: Controls) -> Receipt:
         _open_unchanged(sources)
         stem = store.stem(shard, sources.identities)
         writer = store.writer(stem or shard.shape(), len(header) + layout.data_bytes)
+        nonfinite: list[NonFinite] = []
         try:
             writer.write(memoryview(header))
             weights = encode_shard(
@@ -228,6 +229,7 @@ def _compute(sources: _Sources, store: Store, controls: Controls) -> Receipt:
                 device=device,
                 should_stop=controls.should_stop,
                 new_scratch=store.new_scratch,
+                on_nonfinite=nonfinite.append,
             )
         except BaseException:
             writer.abort()
@@ -243,6 +245,7 @@ def _compute(sources: _Sources, store: Store, controls: Controls) -> Receipt:
         tensors=tuple(placed.spec.name for placed in layout.placed),
         weights=weights,
         producer=producer(),
+        nonfinite=tuple(nonfinite),
         stem=stem,
     )
 
