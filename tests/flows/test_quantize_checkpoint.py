@@ -277,3 +277,16 @@ def test_the_run_is_named_and_shows_its_artifacts(ask: Ask) -> None:
     assert float(shown["progress"]) == 100
     assert [row["store"] for row in json.loads(shown["plan"])] == ["source not read yet"] * 4
     assert "bits per weight" in shown["report"]
+
+
+def test_non_finite_weights_are_copied_where_they_are_allowed(tmp_path: Path, ask: Ask) -> None:
+    tensors = checkpoints.llama()
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 1] = torch.inf
+    checkpoints.write(tmp_path / "source", checkpoints.deal(tensors, 4))
+    recipe = uniform("NVFP4A16", allow_nonfinite=True)
+    locations = Locations(source=str(tmp_path / "source"), destination=str(tmp_path / "loop" / "result"))
+    run(locations, recipe, RunOptions(device="cpu", workers=1))
+
+    quantize_checkpoint(ask(scheme="NVFP4A16", allow_nonfinite=True))
+
+    assert files(tmp_path / "result") == files(tmp_path / "loop" / "result")

@@ -27,6 +27,8 @@ PROXY: Final = "weight error is a proxy: it does not measure the quality of the 
 FAR_ABOVE: Final = 3.0
 """Times the typical error from which on an error is worth a warning."""
 _ZEROED_SHARE: Final = 0.05
+_MANY: Final = 64
+"""Values from which on one of them does not outweigh the others by chance."""
 _UNITS: Final = ("bytes", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -181,6 +183,11 @@ def _unusual(weight: WeightRecord, args: WeightArgs) -> Iterator[tuple[str, str]
         yield "error-unusual", f"relative error more than {FAR_ABOVE:g} x the usual {usual:.2g} of {weight.scheme}"
     if args.num_bits >= 8 and statistics.zeroed > _ZEROED_SHARE * statistics.nonzero:
         yield "zeroed", f"more than {_ZEROED_SHARE:.0%} of what is not zero became zero at {args.num_bits} bits"
+    elif 2 * statistics.zeroed > statistics.nonzero:
+        yield "zeroed", "more than half of what is not zero became zero"
+    if statistics.nonzero > _MANY and 2 * statistics.amax**2 > statistics.squared_weight:
+        message = f"one value, {statistics.amax:.3g}, outweighs all others together"
+        yield "outlier", f"{message}; what shares a scale with it is lost, and the error does not show it"
 
 
 def human_bytes(size: float) -> str:
