@@ -315,7 +315,7 @@ def tables() -> Iterator[str]:
         for name, entry in INPUTS.items():
             yield f"| {name} | {' | '.join(cell(preset, dtype, entry) for preset in ROWS)} |"
     yield "\n## F16 beside BF16\n\nError against the float32 weight: F16 / BF16, and their ratio. The steps"
-    yield "of F16 do not shrink below 6e-8, so a weight of standard deviation 1e-6 was rounded before it came here: what"
+    yield "of F16 do not shrink below 6e-8, so a weight of standard deviation 1e-6 was rounded before it came: what"
     yield "quantization adds to that is what it adds to BF16.\n"
     yield f"| std | F16's own rounding | {' | '.join(ROWS)} |\n| --- | --- |{' --- |' * len(ROWS)}"
     for std in MAGNITUDES:
@@ -329,10 +329,10 @@ HEAD: Final = """# Numbers
 Relative error (L2) of what is written against the source, read back by a decoder that shares nothing with the
 package. The source is 256 x 256 values, Gaussian of standard deviation 0.02 unless the row says otherwise. `!` marks a
 warning to people; `refused` is a typed error that names tensor and index (`--allow-nonfinite` copies such a weight).
-Written by `.venv/bin/python tests/kernels/test_numbers.py --write docs/numbers.md`; the same on every machine.
+Written by `python tests/kernels/test_numbers.py --write docs/numbers.md`; the same on every machine.
 
-Every scale is finite and above zero, no E8M0 scale is 255, and no NaN or Inf is written: the tests of the same file hold
-all presets to it, and try all 65,536 patterns of F16 and BF16 and 500 shapes for each preset.
+Every scale is finite and above zero, no E8M0 scale is 255, and no NaN or Inf is written: the tests of the same file
+hold all presets to it, and try all 65,536 patterns of F16 and BF16 and 500 shapes for each preset.
 
 One large value is a warning whatever the relative error says: it dominates that figure, and what shares its scale is
 lost, with NVFP4 the whole fused set.
