@@ -35,7 +35,15 @@ _DEVICE_PATTERN: Final = r"^[a-z]+(:[0-9]+)?(,[a-z]+(:[0-9]+)?)*(?!\n)$"
 _SCHEDULER_PATTERN: Final = r"^(tcp|tls)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}(?!\n)$"
 _DEPLOYMENT_PATTERN: Final = r"^(?!quantize-batch/)[^/]+/[^/]+(?!\n)$"
 """A batch that started itself would wait for ever."""
-_CHOICES: Final = ("group_size", "ignore", "default_ignores", "indivisible", "expert_layout", "partial_fused")
+_CHOICES: Final = (
+    "group_size",
+    "ignore",
+    "default_ignores",
+    "indivisible",
+    "expert_layout",
+    "partial_fused",
+    "allow_nonfinite",
+)
 """Fields that a recipe replaces."""
 
 
@@ -97,6 +105,11 @@ class Choices(_Form):
     partial_fused: bool = Field(
         default=False,
         description="Allow weights that engines fuse to be quantized in part, or with several schemes.",
+    )
+    allow_nonfinite: bool = Field(
+        default=False,
+        description="Copy weights that hold NaN or Inf, and what engines fuse with them, instead of refusing the run. "
+        "The source is read once more to find them.",
     )
     recipe: dict[str, Any] | None = Field(
         default=None,

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
+from typing import Any
 
 from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
@@ -21,7 +22,7 @@ from shardmill.core.outcome import ShardOutcome
 from shardmill.core.plan import Plan
 from shardmill.core.recipe import Recipe
 from shardmill.core.summary import human_bytes, summarize_manifest
-from shardmill.errors import Interrupted, Problem, ShardFailures
+from shardmill.errors import BlobsGone, Interrupted, Problem, ShardFailures
 from shardmill.flows import artifacts
 from shardmill.flows.parameters import QuantizeRequest
 from shardmill.orchestration.bench import Job, Workbench, uninspected, workbench
@@ -30,10 +31,13 @@ from shardmill.orchestration.executors import choose_executor
 from shardmill.orchestration.logs import library_logs, log_shard
 from shardmill.orchestration.progress import Progress, Tally
 from shardmill.stages.finalize import claim_of
+from shardmill.stages.pipeline import ROUNDS
+from shardmill.stages.quantize import failed_checks
 from shardmill.stages.validate import pin_readable, refuse_problems
+from shardmill.storage.claim import Claim
 from shardmill.storage.location import parse_location
 from shardmill.tasks.finalize import finalize_checkpoint, find_published
-from shardmill.tasks.plan import plan_checkpoint
+from shardmill.tasks.plan import find_kept, plan_checkpoint
 from shardmill.tasks.quantize import confirm_shard, quantize_shard
 from shardmill.tasks.validate import CHUNK, validate_locations, validate_shards
 
@@ -48,6 +52,8 @@ class FlowSummary:
     shards: int
     hits: int
     """Shards that were not computed."""
+    store_checks_failed: int
+    """Records and blobs of the store that were found bad, and were not used."""
     bytes_read: int
     """Source tensor bytes that were read, for digests and for values."""
     source_bytes: int
@@ -84,10 +90,10 @@ def _convert(request: QuantizeRequest, job: Job, started: float) -> FlowSummary:
         if destination.is_free():
             claim = claim_of(plan, bench.source, job.run)
             with destination.claimed(claim):
-                outcomes = _quantize(plan, request, job, bench)
-                document = finalize_checkpoint(uninspected(plan), uninspected(outcomes), job, uninspected(claim))
+                outcomes, document = _make(plan, request, job, bench, claim)
             hits, bytes_read = sum(o.is_hit for o in outcomes), sum(o.bytes_read for o in outcomes)
         else:
+            outcomes = ()
             bytes_read = bytes_to_digest(plan.shards, bench.source, bench.store)
             document = find_published(uninspected(plan), job)
             hits = _confirm(plan, job)
@@ -98,6 +104,7 @@ def _convert(request: QuantizeRequest, job: Job, started: float) -> FlowSummary:
             destination=str(parse_location(job.locations.destination)),
             shards=len(plan.shards),
             hits=hits,
+            store_checks_failed=failed_checks(outcomes, bench.store),
             bytes_read=bytes_read,
             source_bytes=summary.totals.source_bytes,
             output_bytes=summary.totals.output_bytes,
@@ -106,23 +113,48 @@ def _convert(request: QuantizeRequest, job: Job, started: float) -> FlowSummary:
         )
         artifacts.show_report(manifest, summary, asdict(result))
         artifacts.show_output(result.destination)
+        if result.store_checks_failed:
+            get_run_logger().warning("store checks failed: %s; what failed was not used", result.store_checks_failed)
         get_run_logger().info(
             "%s of %s shards were done before, %s read", hits, len(plan.shards), human_bytes(bytes_read)
         )
         return result
 
 
+def _make(
+    plan: Plan, request: QuantizeRequest, job: Job, bench: Workbench, claim: Claim
+) -> tuple[tuple[ShardOutcome, ...], dict[str, Any]]:
+    """Quantize and publish; shards that somebody deletes from the store in between are done again."""
+    for left in reversed(range(ROUNDS)):
+        outcomes = _quantize(plan, request, job, bench)
+        try:
+            return outcomes, finalize_checkpoint(uninspected(plan), uninspected(outcomes), job, uninspected(claim))
+        except BlobsGone:
+            if not left:
+                raise
+    raise AssertionError(f"no round of {ROUNDS} ended")
+
+
 def _checked_plan(recipe: Recipe, job: Job) -> Plan:
     """Plan and validate; every problem is found before the first tensor is read."""
     plan = plan_checkpoint(uninspected(recipe), job)
+    _refuse(plan, job)
+    if recipe.allow_nonfinite:
+        kept = find_kept(uninspected(plan), job)
+        plan = plan_checkpoint(uninspected(recipe), job, uninspected(kept))
+        _refuse(plan, job)
+    _tell(plan.warnings)
+    return plan
+
+
+def _refuse(plan: Plan, job: Job) -> None:
+    """Refuse a plan with every problem of it, of its shards and of the places."""
     taken = source_names(plan)
     problems = [*plan.problems, *validate_locations(uninspected(plan), job)]
     for first in range(0, len(plan.shards), CHUNK):
         shards = plan.shards[first : first + CHUNK]
         problems += validate_shards(uninspected(shards), uninspected(taken), first + 1, first + len(shards))
     refuse_problems(problems)
-    _tell(plan.warnings)
-    return plan
 
 
 def _tell(warnings: Iterable[Problem]) -> None:

@@ -17,6 +17,7 @@
     │   └── StorageUnavailable            it may succeed a little later: connection, server error, timeout
     │       └── TransferDamaged           bytes do not have the digest that is known of them
     ├── ServerFailed                      a Prefect server does not answer, or not as it should
+    ├── BlobsGone                         the store lost finished shards before they were published
     ├── ShardFailures                     some shards failed; the others are in the store
     ├── BatchFailures                     some checkpoints of a batch failed; the others are converted
     ├── Interrupted                       stopped on request; finished shards stay in the store
@@ -30,6 +31,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+NON_FINITE = "non-finite"
+"""Kind of every problem and warning about NaN and Inf."""
 MESSAGE_LIMIT = 300
 NAME_LIMIT = 120
 _SHOWN = 20
@@ -146,6 +149,10 @@ class WorkerLost(ShardmillError):
 
 class ServerFailed(ShardmillError):
     """A Prefect server does not answer, does not let us in, or fails."""
+
+
+class BlobsGone(ShardmillError):
+    """The store lost finished shards before they were published; they can be done again."""
 
 
 class Interrupted(ShardmillError):

@@ -191,6 +191,19 @@ def test_a_second_run_finds_everything(source: Path, tmp_path: Path, capsys: pyt
     assert same[0] == same[1]
 
 
+def test_checks_of_the_store_that_fail_are_counted(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, told in [("first", "0 of 3 shards"), ("second", "store checks failed: 1;"), ("third", "")]:
+        for receipt in sorted((tmp_path / ".shardmill").glob("receipts/*"))[:1] if name != "first" else []:
+            receipt.write_bytes(b"poison")
+        assert run(source, tmp_path / name, *(["--json"] if name == "third" else [])) == 0
+        out, err = capsys.readouterr()
+        assert told in out
+        assert ("WARNING store: receipt" in err) == (name != "first")
+    assert json.loads(out)["store_checks_failed"] == 1
+
+
 def test_a_dry_run_checks_and_writes_nothing(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(source, tmp_path / "result", "--dry-run") == 0
     out, err = capsys.readouterr()

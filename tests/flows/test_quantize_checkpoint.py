@@ -20,6 +20,7 @@ from served import Ask, artifacts, run_id, states
 from shardmill.core.recipe import uniform
 from shardmill.errors import DestinationInvalid, NonFiniteWeight, Refused, ShardFailures
 from shardmill.flows.quantize_checkpoint import FlowSummary, quantize_checkpoint
+from shardmill.stages import finalize
 from shardmill.stages.pipeline import RunOptions, run
 from shardmill.stages.plan import Locations
 
@@ -49,6 +50,32 @@ def test_a_second_run_into_the_same_destination_reads_no_tensor(ask: Ask, comput
     summary: FlowSummary = state.result()
     assert (summary.hits, summary.bytes_read, computed) == (4, 0, [])
     assert set(states(run_id(state), 4).values()) == {"Cached"}
+
+
+def test_checks_of_the_store_that_fail_are_counted_and_cost_work_only(
+    ask: Ask, tmp_path: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize_checkpoint(ask())
+    receipt = min((tmp_path / ".shardmill" / "receipts").iterdir())
+    receipt.write_bytes(receipt.read_bytes()[:100])
+    second = quantize_checkpoint(ask(destination=str(tmp_path / "second")))
+    assert (second.store_checks_failed, second.hits) == (1, 3)
+
+    # somebody deletes a blob right before the next run publishes
+    computed.clear()
+    check = finalize._check_blobs
+    blobs = sorted((tmp_path / ".shardmill" / "blobs").iterdir())
+
+    def check_after_loss(*args: Any) -> None:
+        for blob in blobs[:1]:
+            blob.unlink()
+        blobs.clear()
+        check(*args)
+
+    monkeypatch.setattr(finalize, "_check_blobs", check_after_loss)
+    third = quantize_checkpoint(ask(destination=str(tmp_path / "third")))
+    assert (third.store_checks_failed, third.hits, len(computed)) == (1, 3, 1)
+    assert files(tmp_path / "third") == files(tmp_path / "result")
 
 
 def test_a_second_run_into_another_destination_reads_no_tensor(ask: Ask, tmp_path: Path, computed: list[str]) -> None:
@@ -242,3 +269,16 @@ def test_the_run_is_named_and_shows_its_artifacts(ask: Ask) -> None:
     assert float(shown["progress"]) == 100
     assert [row["store"] for row in json.loads(shown["plan"])] == ["unknown"] * 4
     assert "bits per weight" in shown["report"]
+
+
+def test_non_finite_weights_are_copied_where_they_are_allowed(tmp_path: Path, ask: Ask) -> None:
+    tensors = checkpoints.llama()
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 1] = torch.inf
+    checkpoints.write(tmp_path / "source", checkpoints.deal(tensors, 4))
+    recipe = uniform("NVFP4A16", allow_nonfinite=True)
+    locations = Locations(source=str(tmp_path / "source"), destination=str(tmp_path / "loop" / "result"))
+    run(locations, recipe, RunOptions(device="cpu", workers=1))
+
+    quantize_checkpoint(ask(scheme="NVFP4A16", allow_nonfinite=True))
+
+    assert files(tmp_path / "result") == files(tmp_path / "loop" / "result")

@@ -80,9 +80,10 @@ def test_workers_do_not_change_a_byte(tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "b" / "dst" / path.name).read_bytes()
 
 
-def test_members_of_a_fused_set_share_one_global_scale_across_shards(tmp_path: Path) -> None:
+@pytest.mark.parametrize("largest", "qkv")
+def test_members_of_a_fused_set_share_one_global_scale_across_shards(tmp_path: Path, largest: str) -> None:
     tensors = checkpoints.llama(layers=1)
-    tensors["model.layers.0.self_attn.k_proj.weight"] *= 7
+    tensors[f"model.layers.0.self_attn.{largest}_proj.weight"] *= 7
     found = result_of(tmp_path, tensors, uniform("NVFP4A16"), 7)
     prefix = "model.layers.0.self_attn"
     weights = [tensors[f"{prefix}.{leaf}_proj.weight"] for leaf in "qkv"]

@@ -623,3 +623,94 @@ def test_widening_keeps_values_and_leaves_others_alone() -> None:
     assert wide["weight_scale"].dtype == torch.float32
     assert wide["weight_scale"].item() == tensors["weight_scale"].item()
     assert wide["weight"] is tensors["weight"]
+
+
+# ---- a hundred defects ------------------------------------------------------------------------------------------
+
+
+Deed = Callable[[Path], Any]
+"""What is done to a file."""
+
+
+def cut(share: float) -> Deed:
+    return lambda path: truncate(path, int(path.stat().st_size * share))
+
+
+def zero_the_tail(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 9 // 10].ljust(len(data), b"\0"))
+
+
+def empty(path: Path) -> None:
+    truncate(path, 0)
+
+
+def pad(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def rename(path: Path) -> None:
+    path.rename(path.with_name(f"x{path.name}"))
+
+
+def drop(key: str) -> Deed:
+    return lambda path: edit_json(path, lambda document: document.pop(key))
+
+
+DEEDS: dict[str, Deed] = {
+    "lost": Path.unlink,
+    "emptied": empty,
+    "renamed": rename,
+    "padded": pad,
+    "zeroed at its end": zero_the_tail,
+    "cut to its header": cut(0.001),
+    "cut short": cut(0.3),
+    "cut at its end": cut(0.999),
+}
+SMALL: dict[str, tuple[str, ...]] = {
+    "config.json": ("lost", "emptied", "cut short"),
+    "model.safetensors.index.json": ("lost", "emptied", "cut short"),
+    "shardmill.json": ("emptied", "cut short"),
+    "tokenizer.json": ("lost", "emptied", "renamed"),
+    "LICENSE": ("lost", "emptied", "renamed"),
+}
+"""Without its manifest a result may be that of another tool, which is a note."""
+
+
+def a_hundred_defects(root: Path) -> list[tuple[str, Deed, str]]:
+    """What is done to a result, and the file that must be named; one defect each, in every part of a result."""
+    place = json.loads((root / "model.safetensors.index.json").read_text())["weight_map"]
+    config = [key for key in json.loads((root / "config.json").read_text()) if key != "quantization_config"]
+    manifest_fields = ("schema", "plan", "recipe", "files", "warnings", "totals", "shards")
+    shards = [shard(root, number).name for number in (1, 2, 3)]
+
+    def bit_of(tensor: str) -> Deed:
+        return lambda found: flip(found, tensor)
+
+    def deed_on(name: str, deed: Deed) -> Deed:
+        return lambda found: deed(found / name)
+
+    found = [(f"a bit of {tensor}", bit_of(tensor), place[tensor]) for tensor in sorted(place)]
+    found += [(f"{name} {what}", deed_on(name, deed), name) for name in shards for what, deed in DEEDS.items()]
+    found += [(f"{n} {what}", deed_on(n, DEEDS[what]), n) for n, deeds in SMALL.items() for what in deeds]
+    for name, keys in {"config.json": config, "shardmill.json": manifest_fields}.items():
+        found += [(f"{name} without {key}", deed_on(name, drop(key)), name) for key in keys]
+    return found
+
+
+@pytest.mark.slow
+def test_a_hundred_outputs_with_one_defect_each_are_told_apart_from_a_sound_one(home: Path, tmp_path: Path) -> None:
+    defects = a_hundred_defects(home / "NVFP4A16")
+    assert len(defects) >= 100
+    missed = []
+    for number, (what, damage, name) in enumerate(defects):
+        root = unlink_copy(home / "NVFP4A16", tmp_path / str(number))
+        damage(root)
+        try:
+            problems: tuple[Problem, ...] = tuple(verify(str(root)))
+        except CheckpointInvalid as error:
+            problems = error.problems
+        if not any(name in (problem.file, problem.tensor) or name in problem.message for problem in problems):
+            missed.append((what, [str(problem) for problem in problems[:3]]))
+        shutil.rmtree(root)
+    assert missed == []

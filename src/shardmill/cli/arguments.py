@@ -50,6 +50,7 @@ class Options:
     partial_fused: bool | None = None
     limit: tuple[str, ...] = ()
     allow_code: bool = False
+    allow_nonfinite: bool | None = None
     store: str = ""
     device: str = "auto"
     workers: int = 0
@@ -166,6 +167,13 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="allow that members of a fused set are treated differently",
     )
+    group.add_argument(
+        "--allow-nonfinite",
+        action="store_true",
+        default=None,
+        help="copy weights that hold NaN or Inf, and what engines fuse with them, instead of refusing the run;"
+        " reads the source once more",
+    )
 
 
 def _add_intake(parser: argparse.ArgumentParser) -> None:
@@ -261,7 +269,7 @@ def read_recipe(options: Options) -> Recipe:
         recipe = parse_recipe(_read_recipe_file(Path(options.recipe)))
     changes: dict[str, Any] = {
         name: value
-        for name in ("default_ignores", "indivisible", "expert_layout", "partial_fused")
+        for name in ("default_ignores", "indivisible", "expert_layout", "partial_fused", "allow_nonfinite")
         if (value := getattr(options, name)) is not None
     }
     return replace(recipe, ignore=tuple(dict.fromkeys((*recipe.ignore, *options.ignore))), **changes)

@@ -190,6 +190,7 @@ def _show_result(result: RunResult, options: Options, console: Console) -> None:
                 "bytes_per_second": rate,
                 "peak_memory_bytes": _peak_memory(),
                 "hits": hits,
+                "store_checks_failed": result.store_checks_failed,
                 "summary": summary_document(summary),
                 "next": following,
             }
@@ -197,6 +198,8 @@ def _show_result(result: RunResult, options: Options, console: Console) -> None:
         return
     speed = f"{result.seconds:.1f} s, {rate / 1e9:.2f} GB/s, peak memory {human_bytes(_peak_memory())}"
     stored = f"{hits} of {count(summary.shards, 'shard')} found in the store"
+    if result.store_checks_failed:
+        stored += f"\nstore checks failed: {result.store_checks_failed}; what failed was not used"
     print_result("\n".join([render(replace(summary, warnings=new)), "", f"{speed}, {stored}", f"next: {following}"]))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -18,7 +18,7 @@ from shardmill.core.receipt import Receipt
 from shardmill.core.recipe import recipe_to_json
 from shardmill.core.scheme import scheme_to_json
 from shardmill.core.statistics import Statistics
-from shardmill.errors import Problem, ShardmillError
+from shardmill.errors import NON_FINITE, Problem, ShardmillError
 
 CONFIG_NAME: Final = "config.json"
 MANIFEST_NAME: Final = "shardmill.json"
@@ -223,7 +223,10 @@ def manifest(
         "sources": dict(sources),
         "files": dict(file_digests),
         "files_not_copied": [{"file": name, "reason": reason} for name, reason in plan.left_out],
-        "warnings": [_warning(problem) for problem in (*plan.warnings, *_measured(plan, receipts))],
+        "warnings": [
+            _warning(problem)
+            for problem in (*plan.warnings, *copied_nonfinite(plan, receipts), *_measured(plan, receipts))
+        ],
         "totals": totals(plan),
         "shards": [_shard_entry(plan, receipts[shard.name], number) for number, shard in enumerate(plan.shards)],
     }
@@ -237,6 +240,21 @@ def _measured(plan: Plan, receipts: Mapping[str, Receipt]) -> list[Problem]:
         for weight in receipts[shard.name].weights
     ]
     return check_statistics(weights, plan.recipe)
+
+
+def copied_nonfinite(plan: Plan, receipts: Mapping[str, Receipt]) -> Iterator[Problem]:
+    """One warning for every tensor that was copied and holds NaN or Inf; masks hold some on purpose.
+
+    Those that are copied for that very reason are in the warnings of the plan.
+    """
+    told = {problem.tensor for problem in plan.warnings if problem.kind == NON_FINITE}
+    for shard in plan.shards:
+        for found in receipts[shard.name].nonfinite:
+            if found.tensor not in told:
+                message = (
+                    f"{found.count} values are NaN or Inf, the first at index {list(found.first)}; copied as it is"
+                )
+                yield Problem(file=shard.name, tensor=found.tensor, kind=NON_FINITE, message=message)
 
 
 def totals(plan: Plan) -> dict[str, int]:

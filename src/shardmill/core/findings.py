@@ -138,3 +138,5 @@ def _unusual(weight: WeightRecord, args: WeightArgs) -> Iterator[tuple[str, str]
         yield "error-unusual", f"relative error more than {FAR_ABOVE:g} x the usual {usual:.2g} of {weight.scheme}"
     if args.num_bits >= 8 and statistics.zeroed > _ZEROED_SHARE * statistics.nonzero:
         yield "zeroed", f"more than {_ZEROED_SHARE:.0%} of what is not zero became zero at {args.num_bits} bits"
+    elif 2 * statistics.zeroed > statistics.nonzero:
+        yield "zeroed", "more than half of what is not zero became zero"

@@ -20,3 +20,5 @@ class ShardOutcome:
     bytes_read: int
     """Source tensor bytes that were read, for digests and for values."""
     seconds: float
+    failed_checks: tuple[str, ...] = ()
+    """Records and blobs of the store that were found bad since the last outcome of the same process."""

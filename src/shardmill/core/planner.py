@@ -20,6 +20,7 @@ from shardmill.core.fused import fused_leaves, may_fuse
 from shardmill.core.header import TensorSpec
 from shardmill.core.limits import Limits, above
 from shardmill.core.matching import Matcher, split_name, templates
+from shardmill.core.nonfinite import VALUES_UNKNOWN, Kept
 from shardmill.core.plan import (
     COPY,
     QUANTIZE,
@@ -108,6 +109,8 @@ class _Planner:
     """Decisions that hold for every tensor of their kind."""
     fused_groups: set[int] = field(default_factory=set)
     """Groups of modules that may be fused."""
+    kept: Mapping[str, str] = field(default_factory=dict)
+    """Why a tensor is copied whatever else holds, by name."""
     split: dict[Stack, str] = field(default_factory=dict)
     """Tensor by the stack that its name stands for: with and without `.weight` are the same."""
 
@@ -133,10 +136,20 @@ class _Planner:
                     decision = self.known[kind] = self._decide(spec)
                 else:
                     decision = self._decide_stack(spec, stack, shard.name)
+            if spec.name in self.kept and decision.action != COPY:
+                decision = self._keep(spec, decision)
             if decision.is_dense:
                 self.linear_modules.append(split_name(spec.name)[0])
             found.append(decision)
         return found
+
+    def _keep(self, spec: TensorSpec, decision: _Decision) -> _Decision:
+        """Copy a tensor that would be quantized or split; its modules stay dense."""
+        stack = parse_stack(spec.name, spec.shape)
+        if stack is not None and stack.param == "weight":
+            self.linear_modules += [f"{stack.prefix}.{stack.leaf}", *stack.modules(0)]
+        is_dense = decision.action == QUANTIZE
+        return decision._replace(action=COPY, reason=self.kept[spec.name], group=-1, layout=None, is_dense=is_dense)
 
     def _decide(self, spec: TensorSpec) -> _Decision:
         module, param = split_name(spec.name)
@@ -231,14 +244,18 @@ class _Planner:
         self.problems.append(Problem(file=shard, tensor=spec.name, kind=kind, message=message, way_out=way_out))
 
 
-def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
+def build_plan(checkpoint: Checkpoint, recipe: Recipe, kept: Kept | None = None) -> Plan:
     """Decide about every tensor of a checkpoint; problems are collected in the plan, never raised.
 
     Checks that need the whole checkpoint are made here; those of single tensors by `checks.check_shard`.
+
+    Args:
+        kept: what is copied because of its values, where they were looked at; see `nonfinite.keep`.
     """
     sizes = read_sizes(checkpoint.config)
     matcher = Matcher.build([g.targets for g in recipe.groups], recipe.ignore)
     planner = _Planner(recipe, sizes, matcher, checkpoint.intake.limits)
+    planner.kept = kept.reasons if kept is not None else {}
     planner.layouts = _stack_layouts(checkpoint, sizes, recipe)
     schemes = tuple(group.scheme for group in recipe.groups)
     decided = [planner.decide_all(shard) for shard in checkpoint.shards]
@@ -263,6 +280,7 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     ]
     problems += _check_config(checkpoint)
     cautions = [*check_copies(shards), *check_partners(_fusable(checkpoint, decided))]
+    found = kept.warnings if kept is not None else VALUES_UNKNOWN if recipe.allow_nonfinite else ()
     return Plan(
         recipe=recipe,
         shards=shards,
@@ -275,7 +293,7 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         allow_code=checkpoint.intake.allow_code,
         ignore=_dense_modules({*planner.linear_modules, *heads}, shards),
         problems=tuple(sorted(set(problems))),
-        warnings=tuple(sorted({*checkpoint.warnings, *planner.warnings, *_partial_blocks(shards), *cautions})),
+        warnings=tuple(sorted({*checkpoint.warnings, *planner.warnings, *_partial_blocks(shards), *cautions, *found})),
     )
 
 

@@ -35,6 +35,16 @@ class WeightRecord:
     statistics: Statistics
 
 
+@dataclass(frozen=True, slots=True)
+class NonFinite:
+    """NaN and Inf in a tensor that was copied."""
+
+    tensor: str
+    count: int
+    first: tuple[int, ...]
+    """Index of the first, in row-major order."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
     """Binds a job key to the bytes that the job gave."""
@@ -47,6 +57,8 @@ class Receipt:
     """Of the quantized weights, in order."""
     producer: tuple[tuple[str, str], ...]
     """Versions of what computed it."""
+    nonfinite: tuple[NonFinite, ...] = ()
+    """Copied tensors that hold NaN or Inf, in order."""
     stem: str = ""
     """Name of the blob where it is not the key: it had to be named before the content of its sources was known."""
 
@@ -57,7 +69,7 @@ class Receipt:
 
     def to_bytes(self) -> bytes:
         """Encode as JSON."""
-        document = {
+        document: dict[str, Any] = {
             "schema": SCHEMA,
             "key": self.key,
             "blob": {
@@ -69,7 +81,11 @@ class Receipt:
             "tensors": list(self.tensors),
             "weights": [{"module": w.module, "scheme": w.scheme, **w.statistics.to_json()} for w in self.weights],
             "producer": dict(self.producer),
-        } | ({"stem": self.stem} if self.stem else {})
+        }
+        if self.nonfinite:  # what nearly no receipt has is left out
+            document["nonfinite"] = [{"tensor": n.tensor, "count": n.count, "first": n.first} for n in self.nonfinite]
+        if self.stem:
+            document["stem"] = self.stem
         return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 
 
@@ -89,6 +105,7 @@ def parse_receipt(data: bytes) -> Receipt:
             tensors=tuple(map(_text, _list(raw["tensors"]))),
             weights=tuple(_parse_weight(entry) for entry in _list(raw["weights"])),
             producer=tuple((_text(name), _text(version)) for name, version in sorted(raw["producer"].items())),
+            nonfinite=tuple(_parse_nonfinite(entry) for entry in _list(raw.get("nonfinite", []))),
             stem=_stem(raw.get("stem", "")),
         )
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -115,11 +132,19 @@ def _list(value: Any) -> list[Any]:
 
 
 def _parse_blob(raw: Mapping[str, Any]) -> BlobDigests:
-    size = raw["size"]
-    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-        raise TypeError("size must be a non-negative integer")
+    size = _natural(raw["size"])
     whole, head, tail = (Digest.parse(_text(raw[field])) for field in ("digest", "head", "tail"))
     return BlobDigests(whole=whole, head=head, tail=tail, size=size)
+
+
+def _natural(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise TypeError("expected a non-negative integer")
+    return value
+
+
+def _parse_nonfinite(raw: Mapping[str, Any]) -> NonFinite:
+    return NonFinite(_text(raw["tensor"]), _natural(raw["count"]), tuple(map(_natural, _list(raw["first"]))))
 
 
 def _parse_weight(raw: Mapping[str, Any]) -> WeightRecord:

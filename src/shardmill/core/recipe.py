@@ -41,6 +41,8 @@ class Recipe:
     """Whether a fused set may be quantized in part or with several schemes."""
     expert_layout: str | None = None
     """Layout of fused expert stacks, where the architecture does not tell."""
+    allow_nonfinite: bool = False
+    """Whether a weight that holds NaN or Inf is copied instead of refused, and with it what engines treat alike."""
 
     def __post_init__(self) -> None:
         if not self.groups:
@@ -89,6 +91,7 @@ _FIELDS: Final = frozenset(
         "indivisible",
         "partial_fused",
         "expert_layout",
+        "allow_nonfinite",
     }
 )
 
@@ -118,10 +121,10 @@ def parse_recipe(data: Any) -> Recipe:
         raise _invalid("groups must be a list")
     options = {
         name: data[name]
-        for name in ("default_ignores", "indivisible", "partial_fused", "expert_layout")
+        for name in ("default_ignores", "indivisible", "partial_fused", "expert_layout", "allow_nonfinite")
         if name in data
     }
-    for name in ("default_ignores", "partial_fused"):
+    for name in ("default_ignores", "partial_fused", "allow_nonfinite"):
         if not isinstance(options.get(name, True), bool):
             raise _invalid(f"{name} must be true or false, found {options[name]!r}")
     return Recipe(
@@ -158,4 +161,4 @@ def recipe_to_json(recipe: Recipe) -> dict[str, Any]:
         "indivisible": recipe.indivisible,
         "partial_fused": recipe.partial_fused,
         "expert_layout": recipe.expert_layout,
-    }
+    } | ({"allow_nonfinite": True} if recipe.allow_nonfinite else {})  # as manifests were before it existed

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from functools import cache
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
@@ -153,6 +153,17 @@ def first_nonfinite(rows: Array, dtype: str) -> tuple[int, tuple[int, ...]] | No
     if not found.any():
         return None
     return int(found.sum()), tuple(int(index) for index in np.unravel_index(found.argmax(), rows.shape))
+
+
+def is_finite(rows: Array, dtype: str) -> bool:
+    """Whether no value is NaN or Inf in its own dtype, which holds more than float32 where it is F64.
+
+    >>> is_finite(from_buffer(bytearray.fromhex("803f807f"), "BF16", (2,)), "BF16")
+    False
+    """
+    if dtype == "F64":
+        return bool(np.isfinite(rows.view(np.float64)).all())
+    return isfinite(measure(rows, dtype).amax)
 
 
 def global_scale(extent: Extent) -> npt.NDArray[np.float32]:

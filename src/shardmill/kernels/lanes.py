@@ -15,6 +15,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+import numpy as np
+
 from shardmill.core.dtypes import BITS, scale_dtype_for
 from shardmill.core.layout import row_alignment
 from shardmill.core.plan import ShardPlan
@@ -37,6 +39,13 @@ DEVICE_BLOCK_BYTES: Final = 32 << 20
 times for 4-bit floats. So a device needs room for lanes x block x 6: three lanes of 32 MiB take 576 MiB at most.
 """
 _LEAST_BLOCK_BYTES: Final = 1 << 20
+_NUMBERS: Final = {
+    "BF16": (np.uint16, np.uint16(0x7F80)),
+    "F16": (np.uint16, np.uint16(0x7C00)),
+    "F32": (np.uint32, np.uint32(0x7F800000)),
+    "F64": (np.uint64, np.uint64(0x7FF0000000000000)),
+}
+"""By dtype: as what its values are read, and the bits that are all set in NaN and Inf alone."""
 _QPARAMS: Final = ("weight_scale", "weight_zero_point")
 _KEPT_BYTES: Final = 64 << 20
 """Staging memory above this is given back after use."""
@@ -77,6 +86,9 @@ class Lane(Protocol):
     ) -> tuple[int, tuple[int, ...]] | None:
         """Count the values that are not finite, and find the first."""
 
+    def count_nonfinite(self, block: memoryview, dtype: str) -> tuple[int, int] | None:
+        """Count NaN and Inf among values that are copied, and find the first; None for none."""
+
     def encode(
         self, block: memoryview, dtype: str, shape: tuple[int, int], scheme: Scheme, whole: Extent | None
     ) -> EncodedBlock:
@@ -108,6 +120,11 @@ class CpuLane:
     ) -> tuple[int, tuple[int, ...]] | None:
         """As `Lane.first_nonfinite`."""
         return cpu.first_nonfinite(cpu.from_buffer(block, dtype, shape), dtype)
+
+    def count_nonfinite(self, block: memoryview, dtype: str) -> tuple[int, int] | None:
+        """As `Lane.count_nonfinite`; compiled, because nearly all values are fine."""
+        rows = cpu.from_buffer(block, dtype, _flat(block, dtype))
+        return None if cpu.is_finite(rows, dtype) else _count(block, dtype)
 
     def encode(
         self, block: memoryview, dtype: str, shape: tuple[int, int], scheme: Scheme, whole: Extent | None
@@ -190,6 +207,11 @@ class TorchLane:
         """As `Lane.first_nonfinite`; on the host, where the block is already."""
         return self._reference.first_nonfinite(self._reference.from_buffer(block, dtype, shape))
 
+    def count_nonfinite(self, block: memoryview, dtype: str) -> tuple[int, int] | None:
+        """As `Lane.count_nonfinite`; on the host, where the block is already."""
+        rows = self._reference.from_buffer(block, dtype, _flat(block, dtype))
+        return None if bool(self._torch.isfinite(rows).all()) else _count(block, dtype)
+
     def encode(
         self, block: memoryview, dtype: str, shape: tuple[int, int], scheme: Scheme, whole: Extent | None
     ) -> EncodedBlock:
@@ -248,6 +270,17 @@ class TorchLane:
     def global_scale(self, extent: Extent) -> memoryview:
         """As `Lane.global_scale`."""
         return self._reference.to_bytes(self._reference.global_scale(extent))
+
+
+def _flat(block: memoryview, dtype: str) -> tuple[int]:
+    return (block.nbytes * 8 // BITS[dtype],)
+
+
+def _count(block: memoryview, dtype: str) -> tuple[int, int]:
+    """How many values are NaN or Inf, and the number of the first; the dtype's own exponent tells."""
+    numbers, inside = np.frombuffer(block, _NUMBERS[dtype][0]), _NUMBERS[dtype][1]
+    found = (numbers & inside) == inside
+    return int(found.sum()), int(found.argmax())
 
 
 def gather(slab: memoryview, dtype: str, shape: tuple[int, int], rows: slice, *, transposed: bool) -> memoryview:

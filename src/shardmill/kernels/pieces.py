@@ -18,7 +18,7 @@ from shardmill.core.layout import Unit, rows_per_block
 from shardmill.core.plan import ShardPlan, TensorRef
 from shardmill.core.scheme import Scheme
 from shardmill.core.statistics import Extent
-from shardmill.errors import NonFiniteWeight, Problem
+from shardmill.errors import NON_FINITE, NonFiniteWeight, Problem
 from shardmill.kernels.lanes import BlockSize, EncodedBlock, Lane, gather
 
 COPY_BYTES: Final = 4 << 20
@@ -322,8 +322,8 @@ def _non_finite(found: tuple[int, tuple[int, ...]] | None, shard: str, tensor: s
     problem = Problem(
         file=shard,
         tensor=tensor,
-        kind="non-finite",
+        kind=NON_FINITE,
         message=message,
-        way_out="repair the checkpoint or ignore the tensor",
+        way_out="repair the checkpoint, ignore the tensor, or allow it (--allow-nonfinite)",
     )
     return NonFiniteWeight([problem])

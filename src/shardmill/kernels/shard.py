@@ -18,14 +18,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import IO, Final
 
+from shardmill.core.dtypes import BITS, COMPUTABLE
 from shardmill.core.layout import OutputSpec, ShardLayout, Unit
 from shardmill.core.plan import ShardPlan
-from shardmill.core.receipt import WeightRecord
+from shardmill.core.receipt import NonFinite, WeightRecord
 from shardmill.core.statistics import Extent, Statistics
 from shardmill.errors import Interrupted, NonFiniteWeight
 from shardmill.kernels.crew import Crew, crew_of
 from shardmill.kernels.lanes import EncodedBlock, Lane, needs_torch
 from shardmill.kernels.pieces import Copies, Copy, Encode, Measure, Piece, Slab, Twice, cut
+from shardmill.kernels.scan import index_of
 
 WriteChunk = Callable[[memoryview], None]
 """Appends bytes to the data section of the output shard."""
@@ -35,6 +37,8 @@ Announce = Callable[[Sequence[tuple[int, int]]], bool]
 """Hears of ranges of the shard's own file, begin and end, that are read twice from now on; False to be asked later."""
 NewScratch = Callable[[], IO[bytes]]
 """Makes a nameless file for what does not fit into memory."""
+OnNonFinite = Callable[[NonFinite], None]
+"""Hears of a copied tensor that holds NaN or Inf."""
 
 HELD_BYTES: Final = 8 << 20
 """Scales of a weight that are held in memory until its codes are written."""
@@ -54,12 +58,14 @@ def encode_shard(
     announce: Announce = _at_once,
     should_stop: Callable[[], bool] = bool,
     new_scratch: NewScratch = tempfile.TemporaryFile,
+    on_nonfinite: OnNonFinite = lambda _found: None,
     layout: ShardLayout | None = None,
 ) -> tuple[WeightRecord, ...]:
     """Compute one output shard and hand its data section to `write`, in the planned order and without the header.
 
     `read` and `write` are called from several threads, each from one at a time. Where `announce` puts the shard off,
-    other shards are worked on until it agrees.
+    other shards are worked on until it agrees. `on_nonfinite` is called at the end, once for every tensor that was
+    copied and holds NaN or Inf.
 
     Args:
         layout: of the shard, where it is known already.
@@ -78,7 +84,10 @@ def encode_shard(
     finally:
         encoding.close()
         output.close()
-    return output.finish()
+    records = output.finish()
+    for found in output.nonfinite():
+        on_nonfinite(found)
+    return records
 
 
 class _Held:
@@ -133,6 +142,10 @@ class _Output:
     held: dict[str, _Held] = field(default_factory=dict)
     """Outputs that are computed and wait for their place, by name."""
     records: list[WeightRecord] = field(default_factory=list)
+    found: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """NaN and Inf in copied units, by number: how many, and the place of the first among all elements."""
+    _done: int = 0
+    """Bytes of the copied unit in hand that came before."""
     _written: int = 0
     """Outputs that are written."""
     _unit: int = -1
@@ -143,9 +156,14 @@ class _Output:
     """Its other outputs so far, by param name."""
     _statistics: Statistics | None = None
 
-    def put(self, number: int, data: memoryview, *, is_last: bool) -> None:
-        """Take bytes of a unit that is copied."""
-        self._begin(number)
+    def put(self, number: int, data: memoryview, found: tuple[int, int] | None, *, is_last: bool) -> None:
+        """Take bytes of a unit that is copied, and how many NaN and Inf are in them from which on."""
+        unit = self._begin(number)
+        if found is not None:
+            before = self._done * 8 // BITS[unit.tensor.dtype]
+            count, first = self.found.get(number, (0, before + found[1]))
+            self.found[number] = count + found[0], first
+        self._done += data.nbytes
         self._sink(data)
         if is_last:
             self._end()
@@ -173,6 +191,12 @@ class _Output:
             raise AssertionError(f"output {self.layout.placed[self._written].spec.name} was planned and never computed")
         return tuple(self.records)
 
+    def nonfinite(self) -> Iterator[NonFinite]:
+        """What was found in copied tensors, in the order of units."""
+        for number, (count, place) in sorted(self.found.items()):
+            spec = self.layout.units[number].outputs[0]
+            yield NonFinite(spec.name, count, index_of(place, spec.shape))
+
     def close(self) -> None:
         """Drop what waits, which is something only where the shard failed."""
         for held in (*self.held.values(), *self._parts.values()):
@@ -182,7 +206,7 @@ class _Output:
         unit = self.layout.units[number]
         if number == self._unit:
             return unit
-        self._unit, self._parts, self._statistics = number, {}, None
+        self._unit, self._parts, self._statistics, self._done = number, {}, None, 0
         codes = unit.outputs[0]
         if self._is_next(codes):
             self._written += 1
@@ -326,17 +350,26 @@ class _Encoding:
             self.crew.window.give_back(piece.held_bytes)
             raise
 
-    def _put_all(self, piece: Copies, data: memoryview) -> None:
-        for number, begin, end in piece.parts:
-            self.output.put(number, data[begin:end], is_last=True)
+    def _copy_all(self, piece: Copies, lane: Lane, data: memoryview) -> Callable[[], None]:
+        looked = [
+            self._look_at(number, lane, memoryview(bytearray(data[begin:end])))  # where it lies, it may not be aligned
+            for number, begin, end in piece.parts
+        ]
+
+        def write() -> None:
+            for (number, begin, end), found in zip(piece.parts, looked, strict=True):
+                self.output.put(number, data[begin:end], found, is_last=True)
+
+        return write
 
     def _work(self, piece: Piece, lane: Lane, data: memoryview) -> Callable[[], None]:
         """Do the arithmetic of a piece; returns what writes its result. A bad weight raises there, in its turn."""
         try:
             if isinstance(piece, Copy):
-                return lambda: self.output.put(piece.unit, data, is_last=piece.is_last)
+                found = self._look_at(piece.unit, lane, data)
+                return lambda: self.output.put(piece.unit, data, found, is_last=piece.is_last)
             if isinstance(piece, Copies):
-                return lambda: self._put_all(piece, data)
+                return self._copy_all(piece, lane, data)
             if isinstance(piece, Measure):
                 self._merge(piece.key, piece.work(lane, data))
                 return _nothing
@@ -346,6 +379,11 @@ class _Encoding:
         except NonFiniteWeight as error:
             self._give_up()
             return _raiser(error)
+
+    def _look_at(self, number: int, lane: Lane, data: memoryview) -> tuple[int, int] | None:
+        """NaN and Inf in bytes that are copied; they are told and kept."""
+        dtype = self.output.layout.units[number].tensor.dtype
+        return lane.count_nonfinite(data, dtype) if dtype in COMPUTABLE and data.nbytes else None
 
     def _merge(self, key: str, extent: Extent) -> None:
         with self.changed:
@@ -372,13 +410,14 @@ class _Encoding:
 
     def _encode_slab(self, piece: Slab, lane: Lane, data: memoryview) -> Callable[[], None]:
         whole, blocks = piece.work(lane, data, self.crew.block)
+        copied = {n: self._look_at(n, lane, block) for n, _, block in blocks if not isinstance(block, EncodedBlock)}
 
         def write() -> None:
             for number, is_last, block in blocks:
                 if isinstance(block, EncodedBlock):
                     self.output.put_block(number, block, lambda: lane.global_scale(whole), is_last=is_last)
                 else:
-                    self.output.put(number, block, is_last=is_last)
+                    self.output.put(number, block, copied[number], is_last=is_last)
 
         return write
 

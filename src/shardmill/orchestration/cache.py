@@ -125,6 +125,8 @@ def agrees(content: bytes, stored: ShardOutcome) -> bool:
         recorded = JSONSerializer[ShardOutcome]().loads(json.loads(content)["result"].encode())
     except (ValueError, KeyError, TypeError):
         return False
+    if recorded.failed_checks:  # they were told when they were found
+        return False
     if (recorded.shard, recorded.sources) != (stored.shard, stored.sources):
         return False
     # A receipt is stored with rounded figures, and a record may hold them as they were computed.

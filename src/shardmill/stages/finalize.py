@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -12,7 +13,7 @@ from shardmill.core.digest import Digest, digest_json
 from shardmill.core.outcome import ShardOutcome
 from shardmill.core.plan import Plan
 from shardmill.core.receipt import Receipt
-from shardmill.errors import DestinationInvalid, ShardmillError, SourceChanged, show
+from shardmill.errors import BlobsGone, DestinationInvalid, ObjectMissing, ShardmillError, SourceChanged, show
 from shardmill.stages.plan import Locations
 from shardmill.storage.claim import Claim, new_claim
 from shardmill.storage.hashing import hash_bytes, hash_file
@@ -21,6 +22,7 @@ from shardmill.storage.publish import Destination, Piece, Release, in_use, is_wh
 from shardmill.storage.source import SourceFolder
 from shardmill.storage.store import Publication, Store, blob_name
 
+log = logging.getLogger(__name__)
 _READERS: Final = 4
 
 
@@ -35,7 +37,8 @@ def finalize(
     Raises:
         DestinationInvalid: the destination holds something else.
         SourceChanged: the source is not in the state of which the claim speaks.
-        ShardmillError: a shard has no outcome, or its blob vanished.
+        BlobsGone: the store lost blobs; it has forgotten them, so that their shards can be done again.
+        ShardmillError: a shard has no outcome.
     """
     source, destination = locations.open_source(), locations.open_destination()
     receipts = {outcome.shard: outcome.receipt for outcome in outcomes}
@@ -45,11 +48,14 @@ def finalize(
     _check_source(plan, outcomes, source, claim)
     files = _file_digests(plan, source)
     document = _manifest(plan, outcomes, files)
+    for warning in assemble.copied_nonfinite(plan, receipts):
+        log.warning("%s", warning)
     is_free = destination.is_free()
     if not is_free and not is_published(destination, document):
         raise in_use(destination.url, "it holds the result of another plan")
     _note(plan, document["plan"], [receipt.key for receipt in receipts.values()], locations, store)
     if is_free:
+        _check_blobs(receipts.values(), store)
         release = Release(
             shards=tuple(_shard_piece(shard.name, receipts[shard.name], store) for shard in plan.shards),
             files=tuple(_file_piece(name, digest, source, dict(plan.rewritten)) for name, digest in files.items()),
@@ -57,8 +63,19 @@ def finalize(
             index=assemble.output_index(plan, receipts),
             config=assemble.encode_document(assemble.config_document(plan)),
         )
-        _publish(destination, release, claim, document)
+        try:
+            _publish(destination, release, claim, document)
+        except ObjectMissing:
+            _check_blobs(receipts.values(), store)
+            raise
     return document
+
+
+def _check_blobs(receipts: Iterable[Receipt], store: Store) -> None:
+    """Make sure that every blob is there: whoever looks after the store may have deleted one meanwhile."""
+    if gone := store.drop_gone(receipts):
+        keys = ", ".join(receipt.key[:12] for receipt in gone[:3])
+        raise BlobsGone(f"{len(gone)} finished shards vanished from the store, such as {keys}; run again")
 
 
 def _check_source(plan: Plan, outcomes: Sequence[ShardOutcome], source: SourceFolder, claim: Claim) -> None:
@@ -83,10 +100,9 @@ def _publish(destination: Destination, release: Release, claim: Claim, document:
 
 
 def _shard_piece(name: str, receipt: Receipt, store: Store) -> Piece:
-    origin = blob_name(receipt.blob_stem)
-    if store.folder.identity(origin) is None:
-        raise ShardmillError(f"blob {receipt.key[:12]} vanished from the store; run again")
-    return Piece(name=name, folder=store.folder, origin=origin, mark=receipt.key, digest=receipt.blob.whole)
+    return Piece(
+        name=name, folder=store.folder, origin=blob_name(receipt.blob_stem), mark=receipt.key, digest=receipt.blob.whole
+    )
 
 
 def _file_piece(name: str, digest: str, source: SourceFolder, rewritten: Mapping[str, str]) -> Piece:

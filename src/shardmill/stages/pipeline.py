@@ -12,17 +12,20 @@ from typing import Any, Final
 from shardmill.core.outcome import ShardOutcome
 from shardmill.core.plan import Plan, ShardPlan
 from shardmill.core.recipe import Recipe
-from shardmill.errors import Interrupted, ShardFailures
+from shardmill.errors import BlobsGone, Interrupted, ShardFailures
 from shardmill.stages.devices import DevicePool, resolve_devices
 from shardmill.stages.finalize import claim_of, clear_claim, finalize, published_result
+from shardmill.stages.nonfinite import find_kept
 from shardmill.stages.plan import Locations, make_plan
-from shardmill.stages.quantize import Controls, find_stored, quantize_shard
+from shardmill.stages.quantize import Controls, failed_checks, find_stored, quantize_shard
 from shardmill.stages.validate import pin_readable, refuse_problems, validate_locations, validate_plan
 from shardmill.storage.source import SourceFolder
 from shardmill.storage.store import FAST, Store
 
 _LOOKUPS: Final = 16
 """Shards that are looked up at a time where that means waiting for a network."""
+ROUNDS: Final = 3
+"""Times that shards are looked up and done before a run gives up on a store that keeps losing them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +47,8 @@ class RunResult:
     """In the order of the plan; only those in the store when the destination held the result already."""
     manifest: dict[str, Any]
     seconds: float
+    store_checks_failed: int = 0
+    """Records and blobs of the store that were found bad, and were not used."""
 
 
 @dataclass(slots=True)
@@ -75,16 +80,26 @@ def run(
     source = locations.open_source()
     plan = make_plan(source, recipe)
     refuse_problems([*validate_plan(plan), *validate_locations(plan, locations, store)])
-    watch.on_plan(plan)
     store.prepare()
+    if recipe.allow_nonfinite:
+        plan = make_plan(source, recipe, find_kept(plan, source, store, stopping.is_set))
+        refuse_problems([*validate_plan(plan), *validate_locations(plan, locations, store)])
+    watch.on_plan(plan)
     destination = locations.open_destination()
     if not destination.is_free():
         return _finished(plan, locations, store, watch, started)
     claim = claim_of(plan, source)
     with destination.claimed(claim):
-        outcomes = quantize_all(plan, source, store, options, watch, stopping)
-        manifest = finalize(plan, outcomes, locations, store, claim)
-    return RunResult(plan=plan, outcomes=outcomes, manifest=manifest, seconds=time.monotonic() - started)
+        for left in reversed(range(ROUNDS)):
+            outcomes = quantize_all(plan, source, store, options, watch, stopping)
+            try:
+                manifest = finalize(plan, outcomes, locations, store, claim)
+                break
+            except BlobsGone:  # they were deleted since they were found or done
+                if not left:
+                    raise
+    seconds, failed = time.monotonic() - started, failed_checks(outcomes, store)
+    return RunResult(plan=plan, outcomes=outcomes, manifest=manifest, seconds=seconds, store_checks_failed=failed)
 
 
 def _finished(plan: Plan, locations: Locations, store: Store, watch: Watcher, started: float) -> RunResult:
@@ -96,7 +111,8 @@ def _finished(plan: Plan, locations: Locations, store: Store, watch: Watcher, st
     for outcome in stored:
         watch.on_shard(outcome)
     watch.on_bytes(plan.source_bytes)
-    return RunResult(plan=plan, outcomes=stored, manifest=manifest, seconds=time.monotonic() - started)
+    seconds, failed = time.monotonic() - started, failed_checks(stored, store)
+    return RunResult(plan=plan, outcomes=stored, manifest=manifest, seconds=seconds, store_checks_failed=failed)
 
 
 def quantize_all(

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from shardmill.core.limits import Intake
+from shardmill.core.nonfinite import Kept
 from shardmill.core.plan import Plan
 from shardmill.core.planner import build_plan
 from shardmill.core.recipe import Recipe
@@ -68,12 +69,16 @@ class Locations:
         return Store(open_location(self.store_location), verify=verify)
 
 
-def make_plan(source: SourceFolder, recipe: Recipe) -> Plan:
-    """Plan the conversion of a checkpoint; what is wrong with it is in `Plan.problems`."""
+def make_plan(source: SourceFolder, recipe: Recipe, kept: Kept | None = None) -> Plan:
+    """Plan the conversion of a checkpoint; what is wrong with it is in `Plan.problems`.
+
+    Args:
+        kept: what is copied because of its values; see `stages.nonfinite`.
+    """
     with collection_paused():
         seen = source.survey()  # before anything is read: what arrives later is not in the plan
         _tell_second_names(seen)
-        found = build_plan(read_checkpoint(source, seen), recipe)
+        found = build_plan(read_checkpoint(source, seen), recipe, kept)
         return replace(found, source_state=listing_state(seen.files))
 
 

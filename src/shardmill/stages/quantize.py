@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -13,7 +13,7 @@ from importlib.metadata import version
 from shardmill.core.digest import Digest
 from shardmill.core.outcome import ShardOutcome
 from shardmill.core.plan import ShardPlan
-from shardmill.core.receipt import Receipt
+from shardmill.core.receipt import NonFinite, Receipt
 from shardmill.errors import Interrupted, SourceChanged, TransferDamaged, show
 from shardmill.stages.devices import DevicePool, limit_threads
 from shardmill.stages.validate import check_unchanged
@@ -168,7 +168,7 @@ def quantize_shard(shard: ShardPlan, source: SourceFolder, store: Store, control
         )
         if controls.should_stop():
             raise _interrupted()
-        receipt = store.lookup(sources.key) if shard.name in sources.digests else None
+        receipt = store.lookup(sources.key, shard) if shard.name in sources.digests else None
         is_hit = receipt is not None
         if receipt is None:
             receipt = store.put_receipt(_compute(sources, store, controls), shape)
@@ -181,16 +181,22 @@ def quantize_shard(shard: ShardPlan, source: SourceFolder, store: Store, control
         sources=tuple((name, str(sources.digests[name])) for name in shard.sources),
         bytes_read=sources.bytes_read + hashed,
         seconds=time.monotonic() - started,
+        failed_checks=store.take_failed_checks(),
     )
 
 
 def find_stored(shard: ShardPlan, source: SourceFolder, store: Store) -> ShardOutcome | None:
     """The finished result of a shard, if it can be told without reading the source's tensors."""
     job = store.known_job(shard, source)
-    receipt = store.lookup(job.key) if job is not None else None
+    receipt = store.lookup(job.key, shard) if job is not None else None
     if job is None or receipt is None:
         return None
     return ShardOutcome(shard=shard.name, receipt=receipt, is_hit=True, sources=job.sources, bytes_read=0, seconds=0.0)
+
+
+def failed_checks(outcomes: Iterable[ShardOutcome], store: Store) -> int:
+    """Records and blobs of the store that a run found bad, in whatever process."""
+    return len(store.failed_checks.union(*(outcome.failed_checks for outcome in outcomes)))
 
 
 def _open_unchanged(sources: _Sources) -> None:
@@ -220,6 +226,7 @@ def _compute(sources: _Sources, store: Store, controls: Controls) -> Receipt:
         _open_unchanged(sources)
         stem = store.stem(shard, sources.identities)
         writer = store.writer(stem or shard.shape(), len(header) + layout.data_bytes)
+        nonfinite: list[NonFinite] = []
         try:
             writer.write(memoryview(header))
             weights = encode_shard(
@@ -230,6 +237,7 @@ def _compute(sources: _Sources, store: Store, controls: Controls) -> Receipt:
                 announce=sources.announce,
                 should_stop=controls.should_stop,
                 new_scratch=store.new_scratch,
+                on_nonfinite=nonfinite.append,
                 layout=layout,
             )
         except BaseException:
@@ -246,6 +254,7 @@ def _compute(sources: _Sources, store: Store, controls: Controls) -> Receipt:
         tensors=tuple(placed.spec.name for placed in layout.placed),
         weights=weights,
         producer=producer(),
+        nonfinite=tuple(nonfinite),
         stem=stem,
     )
 

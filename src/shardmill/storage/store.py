@@ -8,8 +8,11 @@
     published/<destination>.json the jobs whose results were published somewhere
     set-aside/                   blobs whose check failed
 
-A hit = the receipt parses, its key is the one asked for, and the blob has the recorded size and digests. Anything less
-is a miss with a warning. A blob in the state in which it was verified is not read again, except by full verification.
+A hit = the receipt parses, its key is the one asked for, it promises what the plan wants, and the blob has the recorded
+size and digests. Anything less is a counted miss with a warning. A blob in the state in which it was verified is
+not read again, but by full verification. With a key in the environment only sealed records count, see `storage.seal`,
+and a blob that is met for the first time is read whole.
+
 No locks: every write that counts appears whole under its name, and equal keys mean equal bytes.
 """
 
@@ -19,19 +22,22 @@ import io
 import json
 import logging
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import IO, Final
 
 from shardmill.core.digest import Digest, canonical_json, digest_json
+from shardmill.core.layout import ShardLayout
 from shardmill.core.plan import ShardPlan
 from shardmill.core.receipt import Receipt, parse_receipt
 from shardmill.errors import ObjectMissing, Problem, SourceChanged, StorageFailed, StorageUnavailable, show
 from shardmill.storage.folder import FileIdentity, Folder, Writer
 from shardmill.storage.hashing import hash_edges, hash_file
 from shardmill.storage.operations import operation
+from shardmill.storage.seal import seal_from_environment
 from shardmill.storage.source import SourceFolder
 
 log = logging.getLogger(__name__)
@@ -94,15 +100,52 @@ class Publication:
 
 
 class Store:
-    """A store in a folder of any storage that can be written."""
+    """A store in a folder of any storage that can be written.
+
+    Raises:
+        Refused: the environment holds a key that is too short, see `storage.seal`.
+    """
 
     def __init__(self, folder: Folder, *, verify: str = FAST) -> None:
         self.folder = folder
         self.verify_level = verify
+        self._seal = seal_from_environment()
+        self._lock = threading.Lock()
+        self._failed: set[str] = set()
+        self._untold: set[str] = set()
         self._trusted: dict[str, Receipt] = {}
         """By key: receipts whose blob this process has verified or written."""
         self._digests: dict[FileIdentity, Digest] = {}
         """Remembered digests that this process has looked up."""
+
+    @property
+    def failed_checks(self) -> frozenset[str]:
+        """Names of records and blobs that this process found to be not what they should be."""
+        with self._lock:
+            return frozenset(self._failed)
+
+    def take_failed_checks(self) -> tuple[str, ...]:
+        """Those that were found since the last call, for whoever counts over several processes."""
+        with self._lock:
+            found = tuple(sorted(self._untold))
+            self._untold.clear()
+            return found
+
+    def _doubt(self, name: str, message: str) -> None:
+        """Count and tell a check that failed."""
+        log.warning("store: %s", message)
+        with self._lock:
+            self._failed.add(name)
+            self._untold.add(name)
+
+    def _read(self, name: str, limit: int) -> bytes:
+        """A record without its seal.
+
+        Raises:
+            ObjectMissing: there is none.
+            ValueError: its seal is not ours.
+        """
+        return self._seal.open(name, self.folder.read(name, limit))
 
     def prepare(self) -> None:
         """Make the folder, private to its owner, and remove what dead writers left.
@@ -154,35 +197,61 @@ class Store:
             The receipt that counts: another run may have been first, under another name of the blob.
         """
         self.folder.put(f"shapes/{shape}", b"", durable=False)
-        if not self.folder.create(_receipt_name(receipt.key), receipt.to_bytes()):
+        name = _receipt_name(receipt.key)
+        sealed = self._seal.close(name, receipt.to_bytes())
+        if not self.folder.create(name, sealed):
             first = self._read_receipt(receipt.key)
+            if name in self.failed_checks:
+                first = None
             if first is not None and first.blob == receipt.blob and self._blob_state(first) is not None:
                 if first.blob_stem != receipt.blob_stem:
                     self.folder.remove(blob_name(receipt.blob_stem))
                 receipt = first
             else:
-                self.folder.put(_receipt_name(receipt.key), receipt.to_bytes())
+                self.folder.put(name, sealed)
         self._trust(receipt, self._blob_state(receipt))
         return receipt
 
-    def lookup(self, key: str) -> Receipt | None:
-        """Return the receipt of a job when its blob can be trusted; a failed check is a warned miss."""
+    def lookup(self, key: str, shard: ShardPlan | None = None) -> Receipt | None:
+        """Return the receipt of a job when its blob can be trusted; a failed check is a warned and counted miss.
+
+        Args:
+            shard: what the job is to give; a receipt that promises anything else is none of this job.
+        """
         if (trusted := self._trusted.get(key)) is not None:
             return trusted
         receipt = self._read_receipt(key)
         if receipt is None:
             return None
         state = self._blob_state(receipt)
+        header = b""
+        if shard is not None:
+            layout = shard.layout()
+            header = layout.header()
+            if not _promises(receipt, layout, len(header)):
+                self._doubt(_receipt_name(key), f"receipt {key[:12]} promises another result; the shard is done again")
+                return None
         if state is not None and self._is_verified(receipt, state):
             self._trusted[key] = receipt
             return receipt
-        defect = self._blob_defect(receipt, state, full=self.verify_level == FULL)
+        is_full = self.verify_level == FULL or self._seal.is_strict
+        defect = self._blob_defect(receipt, state, header, full=is_full)
         if defect is None:
             self._trust(receipt, state)
             return receipt
-        log.warning("store: blob %s %s; it is set aside and the shard is done again", key[:12], defect)
+        message = f"blob {key[:12]} {defect}; it is set aside and the shard is done again"
+        self._doubt(blob_name(receipt.blob_stem), message)
         self._set_aside(receipt)
         return None
+
+    def drop_gone(self, receipts: Iterable[Receipt]) -> list[Receipt]:
+        """Forget the receipts whose blob is not there any more, and return them."""
+        gone = [receipt for receipt in receipts if self._blob_state(receipt) is None]
+        for receipt in gone:
+            self._doubt(blob_name(receipt.blob_stem), f"blob {receipt.key[:12]} is gone; the shard is done again")
+            self._forget(receipt.key)
+            self.folder.remove(_receipt_name(receipt.key))
+        return gone
 
     def known_job(self, shard: ShardPlan, source: SourceFolder) -> KnownJob | None:
         """The job of a shard, or None where naming it takes reading the source's tensors.
@@ -222,10 +291,14 @@ class Store:
         if self.verify_level == FULL or state.size != receipt.blob.size:
             return False
         try:
-            return self.folder.read(f"verified/{receipt.key}.json", _MEMO_LIMIT) == _memo(receipt, state)
+            return self._read(_memo_name(receipt.key), _MEMO_LIMIT) == _memo(receipt, state)
         except StorageUnavailable:
             raise
-        except StorageFailed:
+        except ObjectMissing:
+            return False
+        except (StorageFailed, ValueError) as error:
+            key = receipt.key
+            self._doubt(_memo_name(key), f"what is known of blob {key[:12]} cannot be used: {error}; it is read again")
             return False
 
     def _trust(self, receipt: Receipt, state: FileIdentity | None) -> None:
@@ -243,34 +316,40 @@ class Store:
             after = self._blob_state(receipt)
         if after is not None and _memo(receipt, after) == memo:
             with suppress(StorageFailed):
-                self.folder.put(f"verified/{receipt.key}.json", memo, durable=False)
+                name = _memo_name(receipt.key)
+                self.folder.put(name, self._seal.close(name, memo), durable=False)
 
     def _forget(self, key: str) -> None:
         self._trusted.pop(key, None)
-        self.folder.remove(f"verified/{key}.json")
+        self.folder.remove(_memo_name(key))
 
     def _read_receipt(self, key: str) -> Receipt | None:
+        name = _receipt_name(key)
         try:
-            receipt = parse_receipt(self.folder.read(_receipt_name(key), _SMALL_LIMIT))
+            receipt = parse_receipt(self._read(name, _SMALL_LIMIT))
         except ObjectMissing:
             return None
         except StorageUnavailable:
             raise
         except (StorageFailed, ValueError) as error:
-            log.warning("store: receipt %s cannot be used: %s; the shard is done again", key[:12], error)
+            self._doubt(name, f"receipt {key[:12]} cannot be used: {error}; the shard is done again")
             return None
         if receipt.key != key:
-            log.warning("store: receipt %s speaks of another job; the shard is done again", key[:12])
+            self._doubt(name, f"receipt {key[:12]} speaks of another job; the shard is done again")
             return None
         return receipt
 
-    def _blob_defect(self, receipt: Receipt, state: FileIdentity | None, *, full: bool) -> str | None:
+    def _blob_defect(
+        self, receipt: Receipt, state: FileIdentity | None, header: bytes = b"", *, full: bool
+    ) -> str | None:
         if state is None:
             return "is gone"
         if state.size != receipt.blob.size:
             return f"has {state.size} bytes, its receipt says {receipt.blob.size}"
         name = blob_name(receipt.blob_stem)
         try:
+            if header and self.folder.read_start(name, len(header))[1] != header:
+                return "does not begin with the planned header"
             if full:
                 same = hash_file(self.folder, name)[0] == receipt.blob
             else:
@@ -305,7 +384,9 @@ class Store:
     def remember(self, identity: FileIdentity, digest: Digest) -> None:
         """Keep the digest of a source file, unless the file is so young that a later write may go unnoticed."""
         if identity.digest is None and _is_settled(max(identity.mtime_ns, identity.ctime_ns)):
-            self.folder.put(_digest_name(identity), json.dumps({"digest": str(digest)}).encode())
+            name = _digest_name(identity)
+            record = canonical_json({"digest": str(digest), "of": _key_of(name)})
+            self.folder.put(name, self._seal.close(name, record))
             self._digests[identity] = digest
 
     def known_digest(self, identity: FileIdentity) -> Digest | None:
@@ -319,13 +400,13 @@ class Store:
 
     def _remembered(self, name: str) -> Digest | None:
         try:
-            return Digest.parse(str(json.loads(self.folder.read(name, _MEMO_LIMIT))["digest"]))
+            return _parse_digest(self._read(name, _MEMO_LIMIT), of=_key_of(name))
         except ObjectMissing:
             return None
         except StorageUnavailable:
             raise
-        except (StorageFailed, ValueError, KeyError, TypeError) as error:
-            log.warning("store: remembered digest %s cannot be used: %s", show(name), error)
+        except (StorageFailed, ValueError, KeyError, TypeError, RecursionError) as error:
+            self._doubt(name, f"remembered digest {show(name)} cannot be used: {error}")
             return None
 
     def entries(self) -> Iterator[Entry]:
@@ -367,7 +448,8 @@ class Store:
     def note_publication(self, publication: Publication) -> None:
         """Remember what a destination was made of: for `collect`, and for who asks whether there is anything new."""
         document = asdict(publication) | {"keys": sorted(publication.keys)}
-        self.folder.put(_publication_name(publication.destination), canonical_json(document), durable=False)
+        name = _publication_name(publication.destination)
+        self.folder.put(name, self._seal.close(name, canonical_json(document)), durable=False)
 
     def publication(self, destination: str) -> Publication | None:
         """What is known of the result at a destination; it may be gone by now."""
@@ -380,17 +462,13 @@ class Store:
 
     def _read_publication(self, name: str) -> Publication | None:
         try:
-            raw = json.loads(self.folder.read(name, _SMALL_LIMIT))
-            return Publication(
-                destination=str(raw["destination"]),
-                plan=str(raw["plan"]),
-                keys=frozenset(map(str, raw["keys"])),
-                made_of=str(raw.get("made_of", "")),  # notes of older releases do not say
-            )
+            return _parse_publication(self._read(name, _SMALL_LIMIT), name)
         except ObjectMissing:
             return None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            log.warning("store: %s cannot be used: %s", show(name), error)
+        except StorageUnavailable:
+            raise
+        except (StorageFailed, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            self._doubt(name, f"{show(name)} cannot be used: {error}")
             return None
 
     def _published(self) -> frozenset[str]:
@@ -442,6 +520,40 @@ def listing_state(listing: Mapping[str, FileIdentity]) -> str:
 
 def _publication_name(destination: str) -> str:
     return f"published/{digest_json(destination)}.json"
+
+
+def _memo_name(key: str) -> str:
+    return f"verified/{key}.json"
+
+
+def _promises(receipt: Receipt, layout: ShardLayout, header_bytes: int) -> bool:
+    """Whether a receipt speaks of the very tensors of a layout."""
+    weights = [unit.module for unit in layout.units if unit.scheme is not None]
+    return (
+        receipt.blob.size == header_bytes + layout.data_bytes
+        and receipt.tensors == tuple(placed.spec.name for placed in layout.placed)
+        and [weight.module for weight in receipt.weights] == weights
+    )
+
+
+def _parse_digest(data: bytes, *, of: str) -> Digest:
+    raw = json.loads(data)
+    if raw["of"] != of:
+        raise ValueError("it speaks of another file")
+    return Digest.parse(str(raw["digest"]))
+
+
+def _parse_publication(data: bytes, name: str) -> Publication:
+    raw = json.loads(data)
+    found = Publication(
+        destination=str(raw["destination"]),
+        plan=str(raw["plan"]),
+        keys=frozenset(map(str, raw["keys"])),
+        made_of=str(raw.get("made_of", "")),  # notes of older releases do not say
+    )
+    if _publication_name(found.destination) != name:
+        raise ValueError("it speaks of another destination")
+    return found
 
 
 def _digest_name(identity: FileIdentity) -> str:
