@@ -458,12 +458,19 @@ _config(
     "auto_map",
     expect="policy",
 )
+
+
+def _config_folder(root: Path, _outside: Path) -> None:
+    (root / "config.json").unlink()
+    put(root / "config.json/x", "")
+
+
 add("config_missing", "reject", "no config", lambda r, _: (r / "config.json").unlink(), "config.json", "missing")
 add(
     "config_folder",
     "reject",
     "a folder called config.json",
-    lambda r, _: ((r / "config.json").unlink(), put(r / "config.json/x", "")),
+    _config_folder,
     "config.json",
 )
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from _pytest.mark import ParameterSet
 
 from attacks import attack_cases as attacks
 from shardmill.cli import main
@@ -39,16 +37,7 @@ def check_talk(talk: str, case: attacks.Case) -> None:
     assert not missing, (missing, talk[:2000])
 
 
-def _params() -> Iterator[ParameterSet]:
-    """Refusals are cheap; of the conversions two in three wait for the longer run."""
-    converted = 0
-    for name, case in attacks.CASES.items():
-        converted += case.expect != "reject"
-        is_slow = case.expect != "reject" and converted % 3
-        yield pytest.param(case, id=name, marks=[pytest.mark.slow] if is_slow else [])
-
-
-@pytest.mark.parametrize("case", _params())
+@pytest.mark.parametrize("case", attacks.CASES.values(), ids=list(attacks.CASES))
 def test_a_hostile_checkpoint_is_refused_or_converted_in_the_open(
     case: attacks.Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -170,7 +170,10 @@ def _watcher(console: Console, stop: threading.Event) -> Watcher:
 
 
 def _show_result(result: RunResult, options: Options, console: Console) -> None:
-    summary = summarize(result.manifest)
+    from shardmill.stages.plan import collection_paused
+
+    with collection_paused():
+        summary = summarize(result.manifest)
     hits = sum(outcome.is_hit for outcome in result.outcomes)
     rate = summary.totals.source_bytes / max(result.seconds, 1e-9)
     following = command_line("vllm", "serve", options.destination)

@@ -121,7 +121,7 @@ def _fold(files: Iterable[tuple[str, str]], kind: str, what: str) -> Iterator[Pr
     for reason, names in by_reason.items():
         more = f"; so {'is' if len(names) == 2 else 'are'} {_some(names[1:])}" if len(names) > 1 else ""
         way_out = "--allow-code copies such files" if reason in ON_DEMAND and kind == "left-out" else ""
-        message = f"{what}: {reason}{more}"
+        message = f"{reason}; {what}{more}"
         yield Problem(file=names[0], kind=f"{_KINDS.get(reason, 'file')}-{kind}", message=message, way_out=way_out)
 
 

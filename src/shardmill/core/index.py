@@ -77,7 +77,7 @@ _WEIGHT_MAP: Final = re.compile(r'"weight_map"\s*:\s*(\{[^{}]*\})')
 _SPACE: Final = " \t\r\n"
 
 
-def _parse_plain(data: bytes, limits: Limits) -> CheckpointIndex | None:
+def _parse_plain(data: bytes, limits: Limits = DEFAULTS) -> CheckpointIndex | None:
     """Read a sound index without escapes; None for any other, about which `_parse_any` has the say.
 
     Where no quote is escaped, every second one ends a string: cutting the map at its quotes gives name, colon, shard,
@@ -111,7 +111,7 @@ def _is_index(text: str) -> bool:
     return isinstance(raw, dict) and raw.get("weight_map") == {}
 
 
-def _parse_any(data: bytes, file: str, limits: Limits) -> CheckpointIndex:
+def _parse_any(data: bytes, file: str, limits: Limits = DEFAULTS) -> CheckpointIndex:
     most = ("index_tensors", 2 * limits.index_tensors + _OTHER_QUOTES, _OTHER_QUOTES)
     raw = parse_json(data, file=file, kind="index-invalid", limits=limits, most=most)
     weight_map = raw.get("weight_map") if isinstance(raw, dict) else None

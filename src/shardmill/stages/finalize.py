@@ -14,7 +14,7 @@ from shardmill.core.outcome import ShardOutcome
 from shardmill.core.plan import Plan
 from shardmill.core.receipt import Receipt
 from shardmill.errors import BlobsGone, DestinationInvalid, ObjectMissing, ShardmillError, SourceChanged, show
-from shardmill.stages.plan import Locations
+from shardmill.stages.plan import Locations, collection_paused
 from shardmill.storage.claim import Claim, new_claim
 from shardmill.storage.hashing import hash_bytes, hash_file
 from shardmill.storage.location import parse_location
@@ -47,7 +47,8 @@ def finalize(
         raise ShardmillError(f"{len(missing)} shards have no result, the first is {show(missing[0])}")
     _check_source(plan, outcomes, source, claim)
     files = _file_digests(plan, source)
-    document = _manifest(plan, outcomes, files)
+    with collection_paused():
+        document = _manifest(plan, outcomes, files)
     for warning in assemble.copied_nonfinite(plan, receipts):
         log.warning("%s", warning)
     is_free = destination.is_free()

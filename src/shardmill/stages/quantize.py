@@ -16,6 +16,7 @@ from shardmill.core.plan import ShardPlan
 from shardmill.core.receipt import NonFinite, Receipt
 from shardmill.errors import Interrupted, SourceChanged, TransferDamaged, show
 from shardmill.stages.devices import DevicePool, limit_threads
+from shardmill.stages.plan import collection_paused
 from shardmill.stages.validate import check_unchanged
 from shardmill.storage.folder import FileIdentity, Reader
 from shardmill.storage.hashing import SourceHash
@@ -160,7 +161,8 @@ def quantize_shard(shard: ShardPlan, source: SourceFolder, store: Store, control
     started = time.monotonic()
     with ExitStack() as stack:
         sources = _Sources(shard, source, stack, controls.on_bytes)
-        shape = shard.shape()
+        with collection_paused():
+            shape = shard.shape()
         hashed = sum(
             sources.learn(name, store, controls.should_stop)
             for name in shard.sources
@@ -216,8 +218,9 @@ def _compute(sources: _Sources, store: Store, controls: Controls) -> Receipt:
     from shardmill.kernels.shard import encode_shard
 
     shard = sources.shard
-    layout = shard.layout()
-    header = layout.header()
+    with collection_paused():
+        layout = shard.layout()
+        header = layout.header()
     with controls.devices.lend() as device:
         if controls.should_stop():
             raise _interrupted()
