@@ -269,7 +269,7 @@ class MemoryMachine(StoreMachine):
 def run_machine(machine: type[StoreMachine], examples: int, steps: int) -> None:
     patient = [HealthCheck.too_slow, HealthCheck.data_too_large]
     chosen = settings(max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=patient)
-    run_state_machine_as_test(machine, settings=chosen)  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(machine, settings=chosen)
 
 
 @pytest.mark.parametrize("machine", [LocalMachine, MemoryMachine])

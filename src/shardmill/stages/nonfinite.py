@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from shardmill.core.nonfinite import Kept, keep
 from shardmill.core.plan import COPY, Plan, ShardPlan
@@ -14,6 +15,7 @@ from shardmill.core.receipt import NonFinite
 from shardmill.errors import Interrupted
 from shardmill.kernels.threads import cores
 from shardmill.stages.quantize import find_stored
+from shardmill.storage.folder import Reader
 from shardmill.storage.source import SourceFolder
 from shardmill.storage.store import Store
 
@@ -42,8 +44,11 @@ def _scan(shard: ShardPlan, source: SourceFolder, store: Store, stop: Callable[[
         for spec in wanted:
             if stop():
                 raise Interrupted("stopped on request; finished shards stay in the store, run again to go on")
-            start = shard.data_start + spec.begin
-            entry = scan_tensor(spec, lambda offset, view, start=start: reader.read_into(start + offset, view))
+            entry = scan_tensor(spec, partial(_read, reader, shard.data_start + spec.begin))
             if entry is not None:
                 found.append(entry)
     return found
+
+
+def _read(reader: Reader, start: int, offset: int, view: memoryview) -> None:
+    reader.read_into(start + offset, view)
