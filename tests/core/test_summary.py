@@ -345,7 +345,7 @@ def test_what_is_no_object_is_no_manifest(document: Any) -> None:
 def test_one_value_that_outweighs_all_others_is_told_though_the_error_hides_it() -> None:
     recipe = parse_recipe({"scheme": "NVFP4A16"})
     figures = {"count": 1000, "nonzero": 1000, "zeroed": 999, "amax": 1e4, "squared_weight": 1e8 + 1}
-    found = check_statistics([WeightRecord("m", "NVFP4A16", Statistics(**figures))], recipe)  # type: ignore[arg-type]
+    found = check_statistics([("s", WeightRecord("m", "NVFP4A16", Statistics(**figures)))], recipe)  # type: ignore[arg-type]
     assert sorted(problem.kind for problem in found) == ["outlier", "zeroed"]
     few = Statistics(count=2, nonzero=2, amax=1.0, squared_weight=1.01)
-    assert check_statistics([WeightRecord("m", "NVFP4A16", few)], recipe) == []
+    assert check_statistics([("s", WeightRecord("m", "NVFP4A16", few))], recipe) == []

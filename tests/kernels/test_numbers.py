@@ -22,13 +22,13 @@ sys.path.append(str(Path(__file__).parents[1]))  # when it runs as a program
 
 from kernels.plain_decoding import Floats, Stored, decode, numbers
 from shardmill.core.checks import check_shard
+from shardmill.core.findings import check_statistics
 from shardmill.core.header import ShardHeader, TensorSpec
 from shardmill.core.plan import Checkpoint, ShardPlan, SourceShard
 from shardmill.core.planner import build_plan
 from shardmill.core.receipt import WeightRecord
 from shardmill.core.recipe import uniform
 from shardmill.core.scheme import PRESETS, Scheme
-from shardmill.core.summary import check_statistics
 from shardmill.errors import NonFiniteWeight
 from shardmill.kernels import reference
 from shardmill.kernels.shard import encode_shard
@@ -165,7 +165,7 @@ def test_nothing_but_numbers_is_written_for_hard_inputs(preset: str, dtype: str)
         assert (found[exact == 0] == 0).all() or not PRESETS[preset].weights.symmetric, name
         if name == "gaussian":
             assert relative_error(weight, found) == pytest.approx(record.statistics.relative_error, rel=1e-3)
-        told = {problem.kind for problem in check_statistics([record], uniform(preset))}
+        told = {problem.kind for problem in check_statistics([("s", record)], uniform(preset))}
         assert ("outlier" in told) == entry.warns, name
         assert not told or name != "gaussian"
 
@@ -304,7 +304,7 @@ def cell(preset: str, dtype: str, entry: Input) -> str:
         return "WRITTEN"
     stored, record = quantize(weight, preset)
     error = relative_error(weight, read_back(stored, weight, PRESETS[preset]))
-    return f"{error:.3g}" + ("!" if check_statistics([record], uniform(preset)) else "")
+    return f"{error:.3g}" + ("!" if check_statistics([("s", record)], uniform(preset)) else "")
 
 
 def tables() -> Iterator[str]:

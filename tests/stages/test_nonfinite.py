@@ -181,7 +181,7 @@ def test_in_copied_tensors_they_are_a_warning(
         for name in ("first", "second"):  # a result from the store tells it again
             convert(tmp_path, uniform("FP8_DYNAMIC"), name)
             manifest = json.loads((tmp_path / name / "shardmill.json").read_text())
-            assert manifest["warnings"] == [
+            assert [warning for warning in manifest["warnings"] if warning["code"] == "non-finite"] == [
                 {
                     "code": "non-finite",
                     "file": "model.safetensors",
@@ -189,6 +189,6 @@ def test_in_copied_tensors_they_are_a_warning(
                     "message": "2 values are NaN or Inf, the first at index [1, 7]; copied as it is",
                 }
             ]
-    assert [record.getMessage().count("x.mask") for record in caplog.records] == [1, 1]
+    assert [found for record in caplog.records if (found := record.getMessage().count("x.mask"))] == [1, 1]
     written = checkpoints.read(tmp_path / "first")["x.mask"]
     assert checkpoints.as_bytes({"x": written}) == checkpoints.as_bytes({"x": mask})
