@@ -295,9 +295,14 @@ class _Source:
         return cls(shard, tuple(pieces), tuple(begins), tuple(dict.fromkeys(folders)))
 
     def read(self, _shard: str, offset: int, view: memoryview) -> None:
-        """Fill the view; no read spans two tensors."""
+        """Fill the view, which may span several small tensors."""
         number = bisect_right(self.begins, offset) - 1
-        self.pieces[number].fill(offset - self.begins[number], view)
+        while len(view):
+            begin, piece = self.begins[number], self.pieces[number]
+            part = view[: max(0, begin + piece.spec.nbytes - offset)]
+            if len(part):
+                piece.fill(offset - begin, part)
+            view, offset, number = view[len(part) :], offset + len(part), number + 1
 
     def locate(self, problems: Iterable[Problem]) -> list[Problem]:
         """Name the file that holds the tensor of each problem."""

@@ -88,9 +88,9 @@ def converted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     begun: list[str] = []
     convert = make_plan
 
-    def note(source: Any, recipe: Any) -> Any:
+    def note(source: Any, *arguments: Any) -> Any:
         begun.append(Path(source.folder.url).name)
-        return convert(source, recipe)
+        return convert(source, *arguments)
 
     monkeypatch.setattr("shardmill.tasks.plan.make_plan", note)
     return begun
