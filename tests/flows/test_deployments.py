@@ -21,6 +21,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
 from prefect.client.schemas.objects import ConcurrencyLimitStrategy
+from prefect.client.schemas.sorting import LogSort
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL
 from prefect.states import AwaitingRetry, Cancelling
@@ -250,7 +251,7 @@ def _lines(client: SyncPrefectClient, run: UUID) -> list[str]:
     chosen = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run]))
 
     def found() -> list[str]:
-        lines = [log.message for log in client.read_logs(chosen)]
+        lines = [log.message for log in client.read_logs(chosen, sort=LogSort.TIMESTAMP_DESC)]
         return lines if any("were done before" in line for line in lines) else []
 
     lines: list[str] = wait_until("the run's last words", found, 60)
