@@ -64,8 +64,9 @@ class Trial:
         return sorted((self.store / "receipts").glob("*.json"))
 
     def finished(self) -> dict[Path, tuple[int, int]]:
-        """Inode and time of every finished blob and receipt."""
-        files = (*self.receipts(), *(self.store / "blobs").glob("*.safetensors"))
+        """Inode and time of every receipt and of the blob that it vouches for."""
+        receipts = self.receipts()
+        files = (*receipts, *(self.store / "blobs" / f"{path.stem}.safetensors" for path in receipts))
         return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 
     def flow(self) -> psutil.Process:

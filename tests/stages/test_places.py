@@ -9,7 +9,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -316,9 +318,10 @@ def test_a_disk_that_cannot_be_written_is_told_before_any_work(
     locations: Locations, tmp_path: Path, place: str
 ) -> None:
     with mounted(tmp_path / "fixed", "ro,size=1m") as disk:
-        places = {"destination": str(tmp_path / "a" / "result"), "store": str(tmp_path / "a" / "store")}
+        good = replace(locations, destination=str(tmp_path / "a" / "result"), store=str(tmp_path / "a" / "store"))
+        places: dict[str, Any] = {place: str(disk / "new")}
         with pytest.raises(DestinationInvalid) as caught:
-            run(Locations(source=locations.source, **places | {place: str(disk / "new")}), FP8, CPU)
+            run(replace(good, **places), FP8, CPU)
         assert [problem.kind for problem in caught.value.problems] == ["destination-unwritable"]
         assert "Read-only file system" in str(caught.value)
     assert not (tmp_path / "a").exists()
@@ -327,9 +330,10 @@ def test_a_disk_that_cannot_be_written_is_told_before_any_work(
 @pytest.mark.parametrize("place", ["destination", "store"])
 def test_a_place_below_a_file_is_told_before_any_work(locations: Locations, tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("x")
-    places = {"destination": str(tmp_path / "a" / "result"), "store": str(tmp_path / "a" / "store")}
+    good = replace(locations, destination=str(tmp_path / "a" / "result"), store=str(tmp_path / "a" / "store"))
+    places: dict[str, Any] = {place: str(tmp_path / "file" / "new")}
     with pytest.raises(DestinationInvalid, match="cannot be written: Not a directory"):
-        run(Locations(source=locations.source, **places | {place: str(tmp_path / "file" / "new")}), FP8, CPU)
+        run(replace(good, **places), FP8, CPU)
     assert not (tmp_path / "a").exists()
 
 
