@@ -252,16 +252,15 @@ def cluster(notes: Notes, request: pytest.FixtureRequest) -> Iterator[LocalClust
         yield cluster
 
 
-def _benches() -> int:
-    from shardmill.orchestration.bench import _benches
-
-    return len(_benches)
-
-
 def test_a_scheduler_serves_one_run_after_the_other(
     source: Path, tmp_path: Path, ask: Ask, notes: Notes, cluster: LocalCluster
 ) -> None:
     chosen = {"source": str(source), "executor": "dask", "dask_scheduler": cluster.scheduler_address}
+
+    def count_benches() -> int:  # defined here, it is sent as it is: workers cannot import this file
+        from shardmill.orchestration.bench import _benches
+
+        return len(_benches)
 
     first = quantize_checkpoint(ask(**chosen), return_state=True)
     second = quantize_checkpoint(ask(**chosen, destination=str(tmp_path / "other")), return_state=True)
@@ -272,7 +271,7 @@ def test_a_scheduler_serves_one_run_after_the_other(
     assert files(tmp_path / "other") == files(tmp_path / "result")
     assert library_lines(run_id(first), "begun", 4) == [("shardmill.preload", "begun", True)] * 4
     with Client(cluster, set_as_default=False) as client:
-        assert list(client.run(_benches).values()) == [0, 0]
+        assert list(client.run(count_benches).values()) == [0, 0]
 
 
 @pytest.mark.parametrize("cluster", [OTHER_CODE], indirect=True)
