@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import UUID
@@ -17,7 +18,12 @@ import torch
 import yaml
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterId,
+    FlowRunFilter,
+    FlowRunFilterParentFlowRunId,
+)
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.deployments import run_deployment
 from prefect.states import Completed, Failed, Running
@@ -286,28 +292,36 @@ def test_a_batch_needs_something_to_look_at(ask: AskBatch) -> None:
 
 @pytest.fixture
 def deployment() -> str:
-    """A deployment of the flow that no worker looks after."""
+    """A deployment of the flow that no worker looks after; for one test, since runs of others may be left."""
+    name = f"by-hand-{secrets.token_hex(4)}"
     with get_client(sync_client=True) as client:
         flow_id = client.create_flow(quantize_checkpoint)
         client.create_deployment(
             flow_id=flow_id,
-            name="by-hand",
+            name=name,
             parameter_openapi_schema=quantize_checkpoint.parameters.model_dump_for_openapi(),
         )
-    return "quantize-checkpoint/by-hand"
+    return f"quantize-checkpoint/{name}"
+
+
+def runs_of(client: SyncPrefectClient, deployment: str) -> list[FlowRun]:
+    """The runs of a deployment."""
+    found = client.read_deployment_by_name(deployment)
+    chosen = DeploymentFilter(id=DeploymentFilterId(any_=[found.id]))
+    return client.read_flow_runs(deployment_filter=chosen)
 
 
 class Hand:
     """Does what a worker would, whenever the batch waits; counts how many runs wait or work at a time."""
 
-    def __init__(self, end: Callable[[SyncPrefectClient, FlowRun], None]) -> None:
+    def __init__(self, deployment: str, end: Callable[[SyncPrefectClient, FlowRun], None]) -> None:
+        self.deployment = deployment
         self.end = end
         self.most = 0
 
     def __call__(self, _seconds: float) -> None:
         with get_client(sync_client=True) as client:
-            runs = [run for run in client.read_flow_runs() if run.deployment_id and run.state]
-            scheduled = [run for run in runs if run.state is not None and not run.state.is_final()]
+            scheduled = [run for run in runs_of(client, self.deployment) if run.state and not run.state.is_final()]
             self.most = max(self.most, len(scheduled))
             for run in scheduled:
                 self.end(client, run)
@@ -324,14 +338,10 @@ def convert(client: SyncPrefectClient, run: FlowRun) -> None:
 
 
 @pytest.fixture
-def hand(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hand]:
-    found = Hand(convert)
+def hand(deployment: str, monkeypatch: pytest.MonkeyPatch) -> Hand:
+    found = Hand(deployment, convert)
     monkeypatch.setattr(children, "_sleep", found)
-    yield found
-    with get_client(sync_client=True) as client:
-        for run in client.read_flow_runs():
-            if run.deployment_id and run.state and not run.state.is_final():
-                client.set_flow_run_state(run.id, Completed(), force=True)
+    return found
 
 
 def test_each_checkpoint_is_a_run_of_the_deployment(ask: AskBatch, incoming: Path, deployment: str, hand: Hand) -> None:
@@ -382,8 +392,7 @@ def test_a_batch_that_is_stopped_cancels_the_runs_at_work(
 
     def stop(_seconds: float) -> None:
         with get_client(sync_client=True) as client:
-            runs = [run for run in client.read_flow_runs() if run.deployment_id and run.state]
-            seen.extend(run.id for run in runs if run.state is not None and run.state.is_scheduled())
+            seen.extend(run.id for run in runs_of(client, deployment))
             client.set_flow_run_state(seen[0], Running(), force=True)
         raise KeyboardInterrupt
 
