@@ -79,6 +79,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.model: dict[str, str] = {}
 
     def make_place(self) -> Place:
+        """An empty place; each storage has a machine of its own, and this one is never run."""
         raise NotImplementedError
 
     @initialize()
