@@ -225,18 +225,20 @@ class FaultProxy:
         try:
             return await self._forward(request, body, rule, entry)
         except aiohttp.ClientConnectorError as error:
+            entry.fired = False
             return error_reply(502, "UpstreamUnreachable", str(error))
 
     async def _forward(self, request: web.Request, body: bytes, rule: Rule | None, entry: Entry) -> web.StreamResponse:
         headers = [(name, value) for name, value in request.headers.items() if name.lower() not in NOT_FORWARDED]
         url = URL(self._upstream + request.raw_path, encoded=True)
+        # The reply is lost however the exchange ends, be it that the client gives up while the server still works.
+        entry.fired |= rule is not None and rule.do in LOST
         async with self._session.request(
             request.method, url, headers=headers, data=io.BytesIO(body) if body else None, allow_redirects=False
         ) as reply:
             entry.status = reply.status
             if rule and rule.do in LOST:
                 await reply.read()
-                entry.fired = True
                 return reset(request) if rule.do == "lost_reset" else error_reply(rule.status, rule.code)
             return await _relay(request, reply, rule, entry)
 
