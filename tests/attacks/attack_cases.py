@@ -759,6 +759,16 @@ def _single(root: Path, _outside: Path) -> None:
     put(root / "config.json", CONFIG)
 
 
+def _renamed(*stems: str) -> Callable[[Path, Path], None]:
+    def build(root: Path, _outside: Path) -> None:
+        index = (root / INDEX).read_bytes()
+        (root / INDEX).unlink()
+        for stem in stems:
+            put(root / f"{stem}.safetensors.index.json", index)
+
+    return build
+
+
 def _folders(root: Path, _outside: Path) -> None:
     for path in root.iterdir():
         path.unlink()
@@ -773,6 +783,8 @@ def _unpadded(root: Path, _outside: Path) -> None:
 
 add("layout_sound", "accept", "nothing is wrong", lambda _r, _o: None)
 add("layout_single", "accept", "one file and no index", _single)
+add("layout_other_name", "accept", "an index of another name and no other", _renamed("x"))
+add("layout_two_names", "reject", "two indexes of other names", _renamed("x", "y"), "2 indexes")
 add("layout_folders", "accept", "shards in a folder below", _folders)
 add("layout_unpadded", "accept", "a header whose length is odd", _unpadded)
 add(

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from shardmill.core import assemble
 from shardmill.core.digest import Digest
+from shardmill.core.index import INDEX_NAME
 from shardmill.core.matching import Matcher
 from shardmill.core.plan import Plan
 from shardmill.core.planner import build_plan
@@ -99,7 +100,9 @@ def test_config_keeps_its_order_and_loses_stale_quantization() -> None:
 def test_a_single_file_gets_no_index_and_shards_keep_their_names() -> None:
     assert assemble.output_index(plan_of({"scheme": "W4A16"})) is None
     plan = plan_of({"scheme": "W4A16_ASYM"}, shards=3)
-    index = json.loads(assemble.output_index(plan) or b"")
+    name, text = assemble.output_index(plan) or ("", b"")
+    assert name == INDEX_NAME
+    index = json.loads(text)
     names = {p.spec.name: shard.name for shard in plan.shards for p in shard.layout().placed}
     assert index["weight_map"] == names
     assert index["metadata"]["total_size"] == sum(shard.layout().data_bytes for shard in plan.shards)

@@ -40,7 +40,7 @@ def release(tmp_path: Path) -> Release:
         shards=(piece(tmp_path, "model.safetensors"), piece(tmp_path, "sub/two.safetensors")),
         files=(piece(tmp_path, "tokenizer.json"),),
         manifest=b'{"plan": "p"}',
-        index=b"{}",
+        index=("model.safetensors.index.json", b"{}"),
         config=b"{}",
     )
 

@@ -155,13 +155,13 @@ def encode_document(document: Mapping[str, Any]) -> bytes:
     return pretty(document).encode() + b"\n"
 
 
-def output_index(plan: Plan, receipts: Mapping[str, Receipt] | None = None) -> bytes | None:
-    """The index of the output, or None where the source has none.
+def output_index(plan: Plan, receipts: Mapping[str, Receipt] | None = None) -> tuple[str, bytes] | None:
+    """Name and text of the index of the output, or None where the source has none.
 
     Args:
         receipts: of all shards, as the manifest was made of them; their names need not be derived again.
     """
-    if not plan.is_indexed:
+    if plan.index_name is None:
         return None
     weight_map: dict[str, str] = {}
     total = 0
@@ -174,7 +174,7 @@ def output_index(plan: Plan, receipts: Mapping[str, Receipt] | None = None) -> b
         layout = shard.layout()
         total += layout.data_bytes
         weight_map.update({placed.spec.name: shard.name for placed in layout.placed})
-    return encode_index(weight_map, total)
+    return plan.index_name, encode_index(weight_map, total)
 
 
 def plan_digest(plan: Plan, keys: Mapping[str, str], file_digests: Mapping[str, str]) -> str:

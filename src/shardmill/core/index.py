@@ -1,9 +1,9 @@
-"""The index of a sharded checkpoint: `model.safetensors.index.json`, tensor name to shard name."""
+"""The index of a sharded checkpoint, as a rule `model.safetensors.index.json`: tensor name to shard name."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,6 +14,7 @@ from shardmill.errors import CheckpointInvalid, Problem, refuse, show
 
 INDEX_NAME: Final = "model.safetensors.index.json"
 SINGLE_NAME: Final = "model.safetensors"
+_INDEX_SUFFIX: Final = ".safetensors.index.json"
 _COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 _DEPTH = 4
 
@@ -27,11 +28,37 @@ class CheckpointIndex:
     """
 
     weight_map: Mapping[str, str]
+    name: str = INDEX_NAME
+    """Of its file."""
 
     @property
     def shards(self) -> tuple[str, ...]:
         """Shard names, sorted."""
         return tuple(sorted(set(self.weight_map.values())))
+
+
+def is_index_name(name: str) -> bool:
+    """Tell whether an index may stand in a file of this name, which lies in no folder.
+
+    >>> is_index_name("diffusion_pytorch_model.safetensors.index.json"), is_index_name("a/model.safetensors.index.json")
+    (True, False)
+    """
+    return "/" not in name and name.endswith(_INDEX_SUFFIX)
+
+
+def choose_index(names: Iterable[str]) -> str | None:
+    """Choose the index among the files of a checkpoint: the one of the usual name, else the only one there is.
+
+    An index of another name says nothing where all is in one file of the usual name.
+
+    >>> choose_index(["x.safetensors.index.json", "config.json"]), choose_index(["config.json"])
+    ('x.safetensors.index.json', None)
+    """
+    there = set(names)
+    found = sorted(filter(is_index_name, there))
+    if INDEX_NAME in there:
+        return INDEX_NAME
+    return found[0] if len(found) == 1 and SINGLE_NAME not in there else None
 
 
 def is_shard_name(name: str) -> bool:
@@ -63,7 +90,8 @@ def parse_index(data: bytes, *, file: str = INDEX_NAME, limits: Limits = DEFAULT
     quotes = data.count(b'"')
     if quotes > 4 * limits.index_tensors + _OTHER_QUOTES:
         raise refuse_above("index_tensors", f"about {quotes // 4} tensors", limits, file=file)
-    index = _parse_plain(data, limits) or _parse_any(data, file, limits)
+    weight_map = _parse_plain(data, limits) or _parse_any(data, file, limits)
+    index = CheckpointIndex(weight_map, file)
     if len(index.shards) > limits.index_shards:
         raise refuse_above("index_shards", f"{len(index.shards)} shards", limits, file=file)
     return index
@@ -77,8 +105,8 @@ _WEIGHT_MAP: Final = re.compile(r'"weight_map"\s*:\s*(\{[^{}]*\})')
 _SPACE: Final = " \t\r\n"
 
 
-def _parse_plain(data: bytes, limits: Limits = DEFAULTS) -> CheckpointIndex | None:
-    """Read a sound index without escapes; None for any other, about which `_parse_any` has the say.
+def _parse_plain(data: bytes, limits: Limits = DEFAULTS) -> Mapping[str, str] | None:
+    """Read the map of a sound index without escapes; None for any other, about which `_parse_any` has the say.
 
     Where no quote is escaped, every second one ends a string: cutting the map at its quotes gives name, colon, shard,
     comma in turn. The JSON parser sees the rest of the file with an empty map in its place.
@@ -100,7 +128,7 @@ def _parse_plain(data: bytes, limits: Limits = DEFAULTS) -> CheckpointIndex | No
     weight_map = dict(zip(names, map(shard_names.__getitem__, shards), strict=True))
     is_sound = all(map(str.isprintable, names)) and all(map(is_shard_name, shard_names))
     is_sound = is_sound and max(map(len, names)) <= limits.json_string_bytes
-    return CheckpointIndex(weight_map) if is_sound and len(weight_map) == len(names) else None
+    return weight_map if is_sound and len(weight_map) == len(names) else None
 
 
 def _is_index(text: str) -> bool:
@@ -111,7 +139,7 @@ def _is_index(text: str) -> bool:
     return isinstance(raw, dict) and raw.get("weight_map") == {}
 
 
-def _parse_any(data: bytes, file: str, limits: Limits = DEFAULTS) -> CheckpointIndex:
+def _parse_any(data: bytes, file: str, limits: Limits = DEFAULTS) -> Mapping[str, str]:
     most = ("index_tensors", 2 * limits.index_tensors + _OTHER_QUOTES, _OTHER_QUOTES)
     raw = parse_json(data, file=file, kind="index-invalid", limits=limits, most=most)
     weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
@@ -129,7 +157,7 @@ def _parse_any(data: bytes, file: str, limits: Limits = DEFAULTS) -> CheckpointI
     ]
     if problems:
         raise CheckpointInvalid(problems)
-    return CheckpointIndex(weight_map)
+    return weight_map
 
 
 def encode_index(weight_map: Mapping[str, str], total_size_bytes: int) -> bytes:

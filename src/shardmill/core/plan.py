@@ -302,8 +302,8 @@ class Plan:
 
     recipe: Recipe
     shards: tuple[ShardPlan, ...]
-    is_indexed: bool
-    """Whether the output has an index file, as the source has."""
+    index_name: str | None
+    """Of the output, as the source's; None where it has no index."""
     config_text: str
     model_types: tuple[str, ...]
     files: tuple[str, ...]

@@ -284,7 +284,7 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe, kept: Kept | None = None)
     return Plan(
         recipe=recipe,
         shards=shards,
-        is_indexed=checkpoint.index is not None,
+        index_name=None if checkpoint.index is None else checkpoint.index.name,
         config_text=checkpoint.config_text,
         model_types=sizes.model_types,
         files=checkpoint.files,

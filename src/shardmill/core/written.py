@@ -12,7 +12,7 @@ from typing import Any, Final
 from shardmill.core.dtypes import CODES
 from shardmill.core.fused import fused_sets
 from shardmill.core.header import TensorSpec
-from shardmill.core.index import INDEX_NAME, CheckpointIndex
+from shardmill.core.index import CheckpointIndex
 from shardmill.core.layout import OutputSpec, quantized_outputs
 from shardmill.core.manifest import Manifest, ManifestShard
 from shardmill.core.matching import CATCH_ALL, Matcher, split_name
@@ -197,7 +197,7 @@ def check_index(index: CheckpointIndex | None, shards: Sequence[SourceShard]) ->
         if named.get(name) != owner.get(name) and not is_told:
             said = f"the index places it in {show(named[name])}" if name in named else "the index does not name it"
             found = f"it stands in {show(owner[name])}" if name in owner else "no shard has it"
-            problems.append(Problem(file=INDEX_NAME, tensor=name, kind="index-disagrees", message=f"{said}, {found}"))
+            problems.append(Problem(file=index.name, tensor=name, kind="index-disagrees", message=f"{said}, {found}"))
     return problems
 
 

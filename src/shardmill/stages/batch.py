@@ -15,7 +15,7 @@ import yaml
 
 from shardmill.core.assemble import CONFIG_NAME, MANIFEST_NAME
 from shardmill.core.batch import Entry, Found, listed, parse_entries, split_pattern
-from shardmill.core.index import INDEX_NAME, parse_index
+from shardmill.core.index import choose_index, parse_index
 from shardmill.core.plan import made_of
 from shardmill.core.recipe import Recipe
 from shardmill.core.summary import Summary, summarize_manifest
@@ -100,10 +100,11 @@ def look_at(found: Found, min_age_seconds: float = 0.0) -> SourceState:
 
 def _missing_shards(source: SourceFolder, listing: Mapping[str, FileIdentity]) -> str:
     """Why a checkpoint that nobody named is not whole yet; a broken index is for the conversion to tell."""
-    if INDEX_NAME not in listing:
+    index = choose_index(listing)
+    if index is None:
         return ""
     try:
-        shards = parse_index(source.read_text(INDEX_NAME, "index_bytes"), limits=source.intake.limits).shards
+        shards = parse_index(source.read_text(index, "index_bytes"), limits=source.intake.limits).shards
     except Refused:
         return ""
     missing = [name for name in shards if name not in listing]

@@ -17,7 +17,7 @@ from typing import Final
 from huggingface_hub import constants
 
 from shardmill.core.digest import Digest
-from shardmill.core.index import INDEX_NAME, SINGLE_NAME, parse_index
+from shardmill.core.index import SINGLE_NAME, choose_index, parse_index
 from shardmill.core.limits import DEFAULTS
 from shardmill.errors import Refused
 from shardmill.storage.operations import operation
@@ -85,7 +85,7 @@ def missing_files(files: Mapping[str, CachedFile], subfolder: str) -> tuple[str,
     """What a snapshot lacks to be a whole checkpoint, as far as its own files tell."""
     prefix = f"{subfolder}/" if subfolder else ""
     names = {name.removeprefix(prefix) for name in files if name.startswith(prefix)}
-    needed = {"config.json", *_shards(names, files.get(prefix + INDEX_NAME))}
+    needed = {"config.json", *_shards(names, files.get(f"{prefix}{choose_index(names)}"))}
     return tuple(sorted(needed - names))
 
 

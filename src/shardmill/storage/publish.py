@@ -22,7 +22,7 @@ from typing import Any, Final, Protocol
 
 from shardmill.core.assemble import CONFIG_NAME, MANIFEST_NAME
 from shardmill.core.digest import Digest
-from shardmill.core.index import INDEX_NAME
+from shardmill.core.index import is_index_name
 from shardmill.errors import (
     DestinationInvalid,
     ObjectMissing,
@@ -71,13 +71,14 @@ class Release:
     shards: tuple[Piece, ...]
     files: tuple[Piece, ...]
     manifest: bytes
-    index: bytes | None
+    index: tuple[str, bytes] | None
+    """Its name and what it says."""
     config: bytes
 
     @property
     def documents(self) -> tuple[tuple[str, bytes], ...]:
         """What is written after shards and files, in order; config.json is the commit."""
-        index = () if self.index is None else ((INDEX_NAME, self.index),)
+        index = () if self.index is None else (self.index,)
         return ((MANIFEST_NAME, self.manifest), *index, (CONFIG_NAME, self.config))
 
 
@@ -343,7 +344,7 @@ class ObjectDestination:
 
     def _left_over(self, names: Sequence[str]) -> list[str]:
         """Which of some files an unfinished run wrote: marked ones, its manifest, and an index beside a manifest."""
-        ours = {MANIFEST_NAME, INDEX_NAME} if MANIFEST_NAME in names else set()
+        ours = {MANIFEST_NAME, *filter(is_index_name, names)} if MANIFEST_NAME in names else set()
         with ThreadPoolExecutor(_COPIERS) as pool:
             states = pool.map(self.folder.identity, names)
             return [

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from shardmill.core.foreign import code_removed, is_config, names_code, sort_files, without_code
 from shardmill.core.header import LENGTH_BYTES, ShardHeader, header_length, parse_header
-from shardmill.core.index import INDEX_NAME, SINGLE_NAME, CheckpointIndex, parse_index
+from shardmill.core.index import INDEX_NAME, SINGLE_NAME, CheckpointIndex, choose_index, is_index_name, parse_index
 from shardmill.core.limits import Intake, refuse_above
 from shardmill.core.plan import Checkpoint, SourceShard
 from shardmill.core.strict_json import parse_json
@@ -185,7 +185,7 @@ def read_checkpoint(source: SourceFolder, found: Survey | None = None) -> Checkp
     index = _read_index(source, seen.files, problems)
     shard_names = _choose_shards(seen.files, index, problems)
     shards = _read_headers(source, shard_names, problems)
-    apart = {*shard_names, INDEX_NAME, CONFIG_NAME}
+    apart = {*shard_names, choose_index(seen.files), CONFIG_NAME}
     others = sort_files(
         [name for name in seen.files if name not in apart],
         odd=odd.files,
@@ -231,10 +231,11 @@ def _long_metadata(shards: Iterable[SourceShard]) -> list[Problem]:
 
 
 def _read_index(source: SourceFolder, names: Iterable[str], problems: list[Problem]) -> CheckpointIndex | None:
-    if INDEX_NAME not in names:
+    name = choose_index(names)
+    if name is None:
         return None
     try:
-        return parse_index(source.read_text(INDEX_NAME, "index_bytes"), limits=source.intake.limits)
+        return parse_index(source.read_text(name, "index_bytes"), file=name, limits=source.intake.limits)
     except Refused as error:
         problems += error.problems
         return None
@@ -248,8 +249,11 @@ def _choose_shards(names: Iterable[str], index: CheckpointIndex | None, problems
         return (SINGLE_NAME,)
     if len(found) == 1 or any(problem.kind.startswith("index") for problem in problems):
         return found[:1] if len(found) == 1 else ()
-    message = f"expected {SINGLE_NAME} or {INDEX_NAME}, found {len(found)} safetensors files without an index"
-    problems.append(Problem(kind="index-missing", message=message, way_out="point to a safetensors checkpoint"))
+    indexes = sorted(filter(is_index_name, names))
+    what = f"{len(indexes)} indexes, such as {show(indexes[0])}" if indexes else "no index"
+    message = f"expected {SINGLE_NAME} or {INDEX_NAME}, found {len(found)} safetensors files and {what}"
+    way_out = f"name one of them {INDEX_NAME}" if indexes else "point to a safetensors checkpoint"
+    problems.append(Problem(kind="index-missing", message=message, way_out=way_out))
     return ()
 
 
