@@ -6,6 +6,9 @@ BIN := .venv/bin
 # Tools see `flows/`, `tasks/` and `deployments/` inside the package through a throwaway tree of links.
 LINKS := build/lint
 
+# Half of the tests wait for servers and processes that they start; what a file sets up is set up once.
+TEST_PROCESSES ?= 2
+
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-all coverage bench bench-kernels bench-buckets bench-executors check lint types layers link-tree goldens clean
 
@@ -18,7 +21,7 @@ demo: .venv/stamp  ## quantize a small real model from end to end
 	$(BIN)/shardmill demo
 
 test: .venv/stamp  ## run the tests that need no accelerator, no download and no reference system
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile
 
 test-all: .venv/stamp .venv-reference/stamp .venv-seed/stamp  ## also the slow tests, those against the reference systems and a radosgw, and those in a browser
 	tests/storage/ceph.sh run tests/flows/chromium.sh run $(BIN)/pytest -m "not gpu"
