@@ -77,7 +77,7 @@ def test_nightly_schedules_wait_to_be_switched_on() -> None:
 def test_it_deploys_and_the_server_refuses_bad_parameters(tmp_path: Path, ask: Ask) -> None:
     with get_client(sync_client=True) as client:
         for pool in POOLS:
-            client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
+            client.create_work_pool(WorkPoolCreate(name=pool, type="process"), overwrite=True)
 
         deploy(PREFECT_API_URL.value() or "", tmp_path)
 

@@ -27,6 +27,8 @@ CACHED: Final = "Cached"
 
 STORED_TYPE: Final = f"{ShardOutcome.__module__}.{ShardOutcome.__qualname__}"
 """The class that a result record may name; reading a record calls what it names."""
+_DECODER: Final = JSONSerializer[ShardOutcome]()
+"""Made once: naming the type makes a class, which two threads must not do at the same time."""
 RECORD_FIELDS: Final = frozenset({"storage_key", "expiration", "serializer", "prefect_version", "storage_block_id"})
 """Of a record's metadata, as this Prefect writes them; a record with others is foreign."""
 
@@ -122,7 +124,7 @@ def agrees(content: bytes, stored: ShardOutcome) -> bool:
     if not is_own_record(content):
         return False
     try:
-        recorded = JSONSerializer[ShardOutcome]().loads(json.loads(content)["result"].encode())
+        recorded = _DECODER.loads(json.loads(content)["result"].encode())
     except (ValueError, KeyError, TypeError):
         return False
     if recorded.failed_checks:  # they were told when they were found
