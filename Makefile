@@ -72,7 +72,7 @@ clean:  ## remove environments, caches and builds
 
 .venv/stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench,dask,demo,dev,docker,kubernetes]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench,dask,demo,dev,docker,kubernetes,parquet]'
 	touch $@
 
 .venv-%/stamp: tests/reference/constraints-%.txt

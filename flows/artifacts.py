@@ -22,11 +22,11 @@ from prefect.runtime import flow_run
 
 from shardmill.core.assemble import totals
 from shardmill.core.manifest import Manifest, Totals
+from shardmill.core.markdown import code, plain
 from shardmill.core.plan import Plan
 from shardmill.core.summary import Summary, human_bytes
 from shardmill.errors import NAME_LIMIT, Problem, Refused
 from shardmill.flows.report import report_markdown
-from shardmill.orchestration.names import code, plain
 
 log = logging.getLogger(__name__)
 PROBLEMS_RAISED: Final = 10

@@ -21,11 +21,11 @@ from pydantic import (
 )
 
 from shardmill.core.limits import NAMES, Intake, Limits
+from shardmill.core.markdown import plain
 from shardmill.core.recipe import Recipe, parse_recipe
 from shardmill.core.scheme import PRESETS
 from shardmill.errors import Problem, RecipeInvalid
 from shardmill.orchestration.bench import Job
-from shardmill.orchestration.names import plain
 from shardmill.stages.pipeline import RunOptions
 from shardmill.stages.plan import Locations
 

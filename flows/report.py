@@ -12,11 +12,11 @@ from functools import reduce
 from typing import Any, Final
 
 from shardmill.core.manifest import Manifest
+from shardmill.core.markdown import code
 from shardmill.core.receipt import WeightRecord
 from shardmill.core.statistics import Statistics
 from shardmill.core.summary import PROXY, Decision, Summary, human_bytes
 from shardmill.flows.picture import Bar, as_image, picture_of
-from shardmill.orchestration.names import code
 from shardmill.orchestration.progress import clock_time, speed
 
 NAMES_SHOWN: Final = 4

@@ -24,9 +24,10 @@ from shardmill import __version__
 from shardmill.cli import arguments as cli_arguments
 from shardmill.cli import commands, main
 from shardmill.cli import failures as cli_failures
-from shardmill.cli.arguments import parse_arguments, quote, read_recipe
+from shardmill.cli.arguments import parse_arguments, read_recipe
 from shardmill.cli.console import Console, Progress
 from shardmill.core.recipe import uniform
+from shardmill.core.shell import quote
 from shardmill.errors import StorageFailed
 
 BASH = shutil.which("bash") or "bash"
@@ -519,7 +520,7 @@ def test_quoted_arguments_are_read_back_by_bash(argument: str) -> None:
     assert quote(argument).isprintable()
 
 
-@pytest.mark.parametrize("module", [cli_arguments, cli_failures])
+@pytest.mark.parametrize("module", [cli_failures])
 def test_examples_in_docstrings_run(module: ModuleType) -> None:
     found = doctest.testmod(module)
     assert (found.failed, found.attempted > 0) == (0, True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 from collections.abc import Callable, Sequence
@@ -59,6 +58,10 @@ class Options:
     dry_run: bool = False
     against: str | None = None
     html: str | None = None
+    card: str | None = None
+    parquet: str | None = None
+    json_file: str | None = None
+    base_model: str = ""
     older_than: float = 24.0
     """Hours."""
     rest: tuple[str, ...] = ()
@@ -115,9 +118,7 @@ def _build_parser() -> argparse.ArgumentParser:
     check.add_argument("destination", metavar="DST", help="finished result")
     check.add_argument("--against", metavar="SRC", help="compare every tensor with the source, too")
     _add_json(check)
-    report = verb("report", "show the summary of a finished result")
-    report.add_argument("destination", metavar="DST", help="finished result")
-    report.add_argument("--html", metavar="FILE", help="write a page with pictures (not in this version)")
+    _add_report(verb("report", "show the summary of a finished result, or write a page, a model card or tables of it"))
     _add_store(verb("store", "look after the store of finished shards"))
     for name, summary in APART.items():
         verbs.add_parser(name, help=summary, add_help=False, allow_abbrev=False)
@@ -209,7 +210,31 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--verify", choices=("fast", "full"), default="fast", help="how finished shards are checked (default: fast)"
     )
     group.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
+    _add_documents(parser)
     _add_json(parser)
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("destination", metavar="DST", help="finished result")
+    _add_documents(parser)
+    parser.add_argument(
+        "--json", dest="json_file", metavar="FILE", help="write all figures as JSON, a row for every tensor"
+    )
+    parser.add_argument("--parquet", metavar="FILE", help="write a row for every tensor; needs the extra `parquet`")
+    against = "the source: its values give the histograms of the worst weights, its location the command"
+    parser.add_argument("--against", metavar="SRC", help=against)
+
+
+def _add_documents(parser: argparse.ArgumentParser) -> None:
+    """Files for people; a path, or s3://."""
+    group = parser.add_argument_group("what is written beside the result; a path, or s3://")
+    group.add_argument("--html", metavar="FILE", help="a page with pictures, in one file that needs no network")
+    group.add_argument(
+        "--card", metavar="FILE", help="a model card for the Hub; replaces no file but one that shardmill wrote"
+    )
+    group.add_argument(
+        "--base-model", metavar="ORG/NAME", default="", help="the source on the Hub (default: by SRC or config.json)"
+    )
 
 
 def _add_store(parser: argparse.ArgumentParser) -> None:
@@ -304,20 +329,3 @@ def _parse_yaml(data: bytes, path: Path) -> Any:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         summary = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise _invalid(f"not valid YAML: {summary}", file=str(path)) from error
-
-
-def quote(argument: str) -> str:
-    r"""Quote an argument for a POSIX shell; what cannot be printed is written as an escape that bash and zsh read.
-
-    >>> print(quote("out put"), quote("a\nb"))
-    'out put' $'a\nb'
-    """
-    if argument.isprintable():
-        return shlex.quote(argument)
-    body = json.dumps(argument)[1:-1].replace('\\"', '"').replace("'", "\\'")
-    return f"$'{body}'"
-
-
-def command_line(*arguments: str) -> str:
-    """A command as one line to copy."""
-    return " ".join(map(quote, arguments))

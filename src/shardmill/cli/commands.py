@@ -15,10 +15,12 @@ from statistics import median
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
-from shardmill.cli.arguments import APART, Options, command_line, read_intake, read_recipe
+from shardmill.cli.arguments import APART, Options, read_intake, read_recipe
 from shardmill.cli.console import Console, Progress, print_document, print_result
+from shardmill.cli.documents import asked_for, check_documents, report, write_documents
 from shardmill.cli.failures import DONE, FAILED, REFUSED, SCHEMA, count, problem_lines
 from shardmill.core.plan import Plan
+from shardmill.core.shell import command_line
 from shardmill.core.summary import (
     PROXY,
     WORST_SHOWN,
@@ -28,7 +30,6 @@ from shardmill.core.summary import (
     render,
     render_warnings,
     summarize,
-    summarize_manifest,
     summarize_plan,
     summary_document,
 )
@@ -92,6 +93,7 @@ def run(options: Options, console: Console) -> int:
         message = "search `mse` is not available in this version"
         raise RecipeInvalid([Problem(kind="search-unavailable", message=message, way_out="use --search none")])
     recipe = read_recipe(options)
+    check_documents(options)
     locations = Locations(
         source=options.source, destination=options.destination, store=options.store, intake=read_intake(options)
     )
@@ -106,6 +108,18 @@ def run(options: Options, console: Console) -> int:
         result = run_stages(locations, recipe, settings, watcher=_watcher(console, stop), stop=stop)
     console.close_progress()
     _show_result(result, options, console)
+    if asked_for(options):
+        from shardmill.stages.report import base_model_of, make_report
+
+        found = make_report(
+            options.destination,
+            source=options.source,
+            base_model=options.base_model or base_model_of(options.source),
+            seconds=result.seconds,
+            with_histograms=True,
+        )
+        for line in write_documents(found, options):
+            console.say(line)
     return DONE
 
 
@@ -289,19 +303,6 @@ def _verify_lines(
         yield PROXY
     verdict = f"{count(len(problems), 'problem')} found" if problems else "no problem found"
     yield f"{show(options.destination, 200)}: {verdict}" + (f", {read:,} bytes of shards read" if read else "")
-
-
-def report(options: Options, console: Console) -> int:
-    """Show the summary of a finished result."""
-    from shardmill.stages.result import read_manifest_of
-
-    if options.html is not None:
-        message = "reports in HTML are not available in this version"
-        raise RecipeInvalid([Problem(kind="html-unavailable", message=message, way_out="leave --html out")])
-    manifest = read_manifest_of(options.destination)
-    console.say(f"plan {show(manifest.plan[:16])[1:-1]} of {show(options.destination, 200)}")
-    print_result(render(summarize_manifest(manifest)))
-    return DONE
 
 
 def _open_store(options: Options) -> Store:
