@@ -77,12 +77,10 @@ class Stack:
     experts: tuple[int, ...]
     expert_cells: Mapping[tuple[int, int], Statistics]
     """By layer and expert, all projections together."""
+    totals: Mapping[int, Statistics]
+    """Of all weights of a layer."""
     worst: Mapping[int, float]
     """Largest relative error of a single weight, by layer."""
-
-    def layer(self, number: int) -> Statistics:
-        """What was measured about all weights of a layer."""
-        return _total(found for (layer, _), found in self.cells.items() if layer == number)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,6 +267,7 @@ def _stack(name: str, rows: Sequence[tuple[int, str, int | None, Statistics]]) -
         cells=_grouped(((layer, module), found) for layer, module, _, found in rows),
         experts=tuple(sorted({expert for _, _, expert, _ in rows if expert is not None})),
         expert_cells=_grouped(((layer, expert), found) for layer, _, expert, found in rows if expert is not None),
+        totals=_grouped((layer, found) for layer, _, _, found in rows),
         worst=worst,
     )
 

@@ -24,6 +24,7 @@ from shardmill.core.shell import command_line
 from shardmill.core.statistics import Statistics
 from shardmill.core.summary import PROXY, human_bytes
 from shardmill.pages.pictures import (
+    CHART_WIDTH,
     MOST_COLUMNS,
     MOST_ROWS,
     STYLE,
@@ -151,7 +152,8 @@ def _block(text: str) -> Markup:
 
 
 def _shown(picture: Picture) -> dict[str, Any]:
-    return {"svg": Markup(picture.inline()), "width": picture.width}  # noqa: S704 - ElementTree escaped it
+    svg = Markup(picture.inline())  # noqa: S704 - ElementTree escaped it
+    return {"svg": svg, "fits": picture.width <= CHART_WIDTH}
 
 
 def _sparks(report: Report, module: str) -> list[dict[str, Any]]:

@@ -27,7 +27,12 @@ HOVER_CELLS: Final = 2500
 MOST_ROWS: Final = 512
 MOST_COLUMNS: Final = 1024
 _BARS: Final = 300
-_WIDTH: Final = 720
+CHART_WIDTH: Final = 500
+"""Of most charts: two of them fit side by side, and one on a phone."""
+_MAP_WIDTH: Final = 960
+_STEPS: Final = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+"""Widths of a bin in decibels."""
+_BINS: Final = 40
 _DIGIT: Final = 6.7
 """Width of a character of a label."""
 _LETTERS: Final = 44
@@ -108,16 +113,17 @@ def _text(parent: ET.Element, x: float, y: float, words: str, anchor: str = "sta
 def layer_picture(stack: Stack) -> Picture:
     """Draw a bar for the relative error of every layer, and a dot for its worst weight."""
     layers = stack.layers[:_BARS]
-    bars = [(layer, stack.layer(layer).relative_error, stack.worst[layer]) for layer in layers]
+    bars = [(layer, stack.totals[layer].relative_error, stack.worst[layer]) for layer in layers]
     finite = [value for _, *values in bars for value in values if math.isfinite(value)]
     top = round_up(max(finite, default=0.0))
     highest = max(bars, key=lambda bar: bar[2] if math.isfinite(bar[2]) else math.inf)
     alternative = (
         f"relative error of {len(bars)} layers; the largest of one weight is {highest[2]:.3g}, in layer {highest[0]}"
     )
-    left, right, upper, lower, height = 58, 12, 30, 36, 240
-    root = _canvas(_WIDTH, height, alternative)
-    inner, step = height - upper - lower, (_WIDTH - left - right) / len(bars)
+    left, right, upper, lower, height = 50, 8, 30, 36, 240
+    total = max(CHART_WIDTH, left + right + 8 * len(bars))
+    root = _canvas(total, height, alternative)
+    inner, step = height - upper - lower, (total - left - right) / len(bars)
 
     def y(value: float) -> float:
         return upper + inner * (1 - (min(value, top) if math.isfinite(value) else top) / top)
@@ -125,9 +131,9 @@ def layer_picture(stack: Stack) -> Picture:
     _text(root, left, 18, "bar: relative error of the layer; dot: of its worst weight", class_="soft")
     for tick in range(5):
         value = top * tick / 4
-        _add(root, "path", class_="rule", d=f"M{left} {y(value):.1f}H{_WIDTH - right}")
+        _add(root, "path", class_="rule", d=f"M{left} {y(value):.1f}H{total - right}")
         _text(root, left - 6, y(value) + 4, f"{value:.3g}", "end", "soft")
-    every, width = math.ceil(len(bars) / 20), min(40.0, 0.7 * step)
+    every, width = math.ceil(24 / step), min(40.0, 0.7 * step)
     for number, (layer, error, worst) in enumerate(bars):
         middle = left + (number + 0.5) * step
         told = f"layer {layer}: relative error {error:.4g}, worst weight {worst:.4g}"
@@ -137,7 +143,7 @@ def layer_picture(stack: Stack) -> Picture:
         _add(group, "circle", class_="dot", cx=middle, cy=y(worst), r=3)
         if number % every == 0:
             _text(root, middle, y(0) + 16, str(layer), "middle", "soft")
-    _text(root, left + (_WIDTH - left - right) / 2, height - 5, "layer", "middle", "soft")
+    _text(root, left + (total - left - right) / 2, height - 5, "layer", "middle", "soft")
     return Picture(root, alternative)
 
 
@@ -229,7 +235,7 @@ class _Frame:
             return cls(left=left, top=40, cell=(width, 20.0 if rows <= 64 else _low(rows)), has_numbers=fits,
                        is_slanted=False)  # fmt: skip
         is_slanted = longest > 4 and columns <= 64
-        width = min(24.0, max(2.5, (_WIDTH - left) / columns))
+        width = min(24.0, max(2.5, (_MAP_WIDTH - left) / columns))
         top = 20 + (0.75 * _DIGIT * longest if is_slanted else 12)
         return cls(left=left, top=top, cell=(width, _low(rows)), has_numbers=False, is_slanted=is_slanted)
 
@@ -376,31 +382,33 @@ def spread_picture(values: Iterable[float], what: str) -> Picture | None:
     finite = sorted(value for value in values if math.isfinite(value))
     if not finite:
         return None
-    low, high = math.floor(finite[0]), math.ceil(finite[-1])
-    step = max(1, math.ceil((high - low + 1) / 40))
-    counts = [0] * ((high - low) // step + 1)
+    reach = finite[-1] - finite[0]
+    step = next((size for size in _STEPS if reach / size <= _BINS), reach / _BINS)
+    first = math.floor(finite[0] / step)
+    counts = [0] * (math.floor(finite[-1] / step) - first + 1)
     for value in finite:
-        counts[min(len(counts) - 1, int((value - low) / step))] += 1
+        counts[math.floor(value / step) - first] += 1
     median = finite[len(finite) // 2]
     alternative = (
         f"histogram of {what}: {len(finite)} values from {finite[0]:.1f} to {finite[-1]:.1f} dB, median {median:.1f}"
     )
-    left, height, lower = 46, 180, 34
-    root = _canvas(_WIDTH, height, alternative)
-    most, width, inner = max(counts), (_WIDTH - left - 12) / max(len(counts), 8), height - lower - 12
+    left, right, height, lower = 46, 14, 240, 36
+    root = _canvas(CHART_WIDTH, height, alternative)
+    most, width, inner = max(counts), (CHART_WIDTH - left - right) / len(counts), height - lower - 30
     for part in (0, 1, 2):
-        y = 12 + inner * (1 - part / 2)
-        _add(root, "path", class_="rule", d=f"M{left} {y:.1f}H{_WIDTH - 12}")
+        y = 30 + inner * (1 - part / 2)
+        _add(root, "path", class_="rule", d=f"M{left} {y:.1f}H{CHART_WIDTH - right}")
         _text(root, left - 6, y + 4, f"{most * part / 2:.0f}", "end", "soft")
-    every = math.ceil(len(counts) / 12)
+    _text(root, left, 18, "number of weights by SQNR", class_="soft")
+    every = math.ceil(len(counts) / 9)
     for number, count in enumerate(counts):
         x, tall = left + number * width, inner * count / most
-        begin = low + number * step
-        told = f"{begin} to {begin + step} dB: {count}"
-        _add(root, "rect", told, class_="bar", x=x + 0.5, y=12 + inner - tall, width=width - 1, height=tall)
+        begin = (first + number) * step
+        told = f"{begin:.4g} to {begin + step:.4g} dB: {count}"
+        _add(root, "rect", told, class_="bar", x=x + 0.5, y=30 + inner - tall, width=max(0.5, width - 1), height=tall)
         if number % every == 0:
-            _text(root, x, height - lower + 16, str(begin), "middle", "soft")
-    _text(root, _WIDTH / 2, height - 4, "SQNR in dB", "middle", "soft")
+            _text(root, x, height - lower + 16, f"{begin:.4g}", "middle", "soft")
+    _text(root, CHART_WIDTH / 2, height - 5, "SQNR in dB", "middle", "soft")
     return Picture(root, alternative)
 
 
