@@ -221,6 +221,12 @@ class Places(_Form):
         "Absolute path or URL.",
         examples=["/models/Qwen3-8B-FP8"],
     )
+    page: Location | None = Field(
+        default=None,
+        description="Where a page with pictures of the finished result is written: one HTML file that needs no "
+        "network. Absolute path or URL; none for no page.",
+        examples=["/models/reports/Qwen3-8B-FP8.html"],
+    )
 
 
 class QuantizeRequest(Trust, Work, Choices, Places):

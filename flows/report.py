@@ -28,7 +28,7 @@ def report_markdown(manifest: Manifest, summary: Summary, figures: Mapping[str, 
     """Write the report of a finished run.
 
     Args:
-        figures: Of the run itself, as `FlowSummary` has them.
+        figures: Of the run itself, as `FlowSummary` has them; `page` where one was written.
     """
     sections = [
         _table(("", ""), _totals(summary, figures)),
@@ -58,6 +58,8 @@ def _totals(summary: Summary, figures: Mapping[str, Any]) -> Iterator[tuple[str,
     )
     yield "bits per weight", f"**{summary.bits_per_weight:.2f}**, {quantized}"
     yield "shards", f"{figures['shards']}, of which {figures['hits']} were done before"
+    if page := figures.get("page"):
+        yield "page", code(str(page), 300)
     yield "time", f"{clock_time(seconds)}; {human_bytes(read)} read{rate}"
 
 

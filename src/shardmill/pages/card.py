@@ -21,6 +21,7 @@ from shardmill.pages.page import decibels, percent
 MARK: Final = "---\n# written by `shardmill report --card`\n"
 """How every card begins, so that it can be told from one that somebody else wrote."""
 WORST_SHOWN: Final = 5
+_REPOSITORY: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _WORD: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SCHEME_TAGS: Final = ("fp8", "nvfp4", "mxfp4", "mxfp8", "int8", "w4a16", "w8a8")
 
@@ -62,7 +63,7 @@ def _front_matter(report: Report) -> str:
         "library_name": "transformers",
         "tags": ["compressed-tensors", "quantized", "shardmill", "vllm", *tags],
     }
-    if report.origin.base_model:
+    if _REPOSITORY.fullmatch(report.origin.base_model):
         facts |= {"base_model": report.origin.base_model, "base_model_relation": "quantized"}
     return f"{ModelCardData(**facts).to_yaml()}\n"
 
@@ -74,7 +75,9 @@ def _heading(text: str) -> str:
 
 
 def _linked(base: str) -> str:
-    return f"[{base}](https://huggingface.co/{base})" if base else "A checkpoint"
+    if _REPOSITORY.fullmatch(base):
+        return f"[{base}](https://huggingface.co/{base})"
+    return code(base) or "A checkpoint"
 
 
 def _totals(report: Report) -> Iterator[tuple[str, str]]:
