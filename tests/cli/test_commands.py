@@ -224,6 +224,69 @@ def test_report_shows_the_summary_of_a_result(source: Path, tmp_path: Path, caps
     assert str(tmp_path / "result") in err
 
 
+def test_report_writes_what_it_is_asked_for(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result, page, card, figures = (tmp_path / name for name in ("result", "page.html", "card.md", "figures.json"))
+    run(source, result, "--scheme", "W4A16", "-q")
+    capsys.readouterr()
+
+    asked = ["--html", str(page), "--card", str(card), "--json", str(figures), "--base-model", "org/tiny"]
+    assert main(["report", str(result), "--against", str(source), *asked]) == 0
+
+    told = capsys.readouterr().out
+    assert [line.rpartition(": ")[0] for line in told.splitlines()] == [f"`{path}`" for path in (page, card, figures)]
+    text = page.read_text()
+    assert "Histograms are missing" not in text
+    assert text.count("<figcaption>weight</figcaption>") == 14
+    assert f"shardmill run {source} DST --scheme W4A16" in text
+    assert "base_model: org/tiny" in card.read_text()
+    document = json.loads(figures.read_text())
+    assert sum(part["bytes"] for part in document["parts"]) == sum(
+        document["summary"]["totals"][name] for name in ("quantized_bytes", "copied_bytes")
+    )
+    assert sum(part["elements"] for part in document["parts"]) == sum(
+        document["summary"]["totals"][name] for name in ("quantized_weights", "copied_weights")
+    )
+    assert len(document["histograms"]) == 14
+    assert {sum(found["weight"]) == sum(found["error"]) > 0 for found in document["histograms"].values()} == {True}
+
+
+def test_report_says_what_is_missing_without_source_and_headers(source: Path, tmp_path: Path) -> None:
+    result, page = tmp_path / "result", tmp_path / "page.html"
+    run(source, result, "-q")
+    assert main(["report", str(result), "--html", str(page)]) == 0
+    assert "Histograms are missing" in page.read_text()
+    next(result.glob("*.safetensors")).unlink()
+    assert main(["report", str(result), "--html", str(page)]) == 0
+    assert "Sizes by part are missing: the headers of 1 of 3 shards" in page.read_text()
+
+
+def test_a_card_replaces_only_another_card(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (source / "README.md").write_text("of the source")
+    result, card = tmp_path / "result", tmp_path / "card.md"
+    run(source, result, "-q")
+    assert main(["report", str(result), "--card", str(result / "README.md")]) == 2
+    assert "shardmill did not write" in capsys.readouterr().err
+    assert (result / "README.md").read_text() == "of the source"
+    for _ in range(2):
+        assert main(["report", str(result), "--card", str(card)]) == 0
+    assert "# result\n" in card.read_text()
+
+
+def test_a_run_writes_page_and_card_with_its_time(source: Path, tmp_path: Path) -> None:
+    asked = ["--html", str(tmp_path / "page.html"), "--card", str(tmp_path / "card.md")]
+    assert run(source, tmp_path / "result", "-q", *asked) == 0
+    assert "Wall time" in (tmp_path / "page.html").read_text()
+    assert "shardmill run SRC result --scheme FP8_DYNAMIC" in (tmp_path / "card.md").read_text()
+
+
+def test_parquet_without_its_library_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert main(["report", str(source), "--parquet", str(tmp_path / "x.parquet")]) == 2
+    assert "pip install 'shardmill[parquet]'" in capsys.readouterr().err
+
+
 # ---- verify -----------------------------------------------------------------------------------------------------
 
 
@@ -255,6 +318,43 @@ def test_verify_names_what_differs_and_fails(source: Path, tmp_path: Path, capsy
     assert main(["verify", str(result), "--json"]) == 1
     document = json.loads(capsys.readouterr().out)
     assert [problem["kind"] for problem in document["problems"]] == ["digest-differs"]
+
+
+def test_verify_makes_a_tensor_again(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result, name = tmp_path / "result", "model.layers.0.mlp.up_proj"
+    run(source, result, "-q")
+    asked = ["verify", str(result), "--against", str(source), "--reproduce", name, "--reproduce", "model.norm"]
+    capsys.readouterr()
+    assert main(asked) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(": ")[2] for line in lines] == ["byte-identical", "byte-identical"]
+    assert lines[0].startswith(f"`{name}.weight` of `model-0000")
+
+    path = max(result.glob("*.safetensors"))
+    path.chmod(0o644)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # of the last tensor of the last shard
+    path.unlink()
+    path.write_bytes(data)
+    last = max(checkpoints.read(result), key=lambda name: (name.startswith("model.norm"), name))
+    assert main([*asked[:5], last, "--json"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert [problem["kind"] for problem in document["problems"]] == ["bytes-differ"]
+    assert document["reproduced"][0]["outputs"] == [last]
+
+
+def test_sums_are_written_of_a_sound_result_only(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result, sums = tmp_path / "result", tmp_path / "SHA256SUMS"
+    run(source, result, "-q")
+    assert main(["verify", str(result), "--sha256", str(sums)]) == 0
+    assert "SHA-256 of 7 files" in capsys.readouterr().err
+    sums.unlink()
+    (result / "LICENSE").unlink()
+    assert main(["verify", str(result), "--sha256", str(sums)]) == 1
+    assert "was not written" in capsys.readouterr().err
+    assert not sums.exists()
 
 
 def test_verify_says_what_it_leaves_out(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

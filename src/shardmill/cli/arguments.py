@@ -57,6 +57,8 @@ class Options:
     verify: str = "fast"
     dry_run: bool = False
     against: str | None = None
+    reproduce: tuple[str, ...] = ()
+    sha256: str | None = None
     html: str | None = None
     card: str | None = None
     parquet: str | None = None
@@ -87,7 +89,7 @@ def parse_arguments(argv: Sequence[str]) -> Options:
         values["rest"] = tuple(rest)
     elif rest:
         parser.error(f"unrecognized arguments: {shlex.join(rest)}")
-    for name in ("ignore", "limit"):
+    for name in ("ignore", "limit", "reproduce"):
         values[name] = tuple(values.get(name) or ())
     return Options(**values, verbosity=-1 if quiet else verbose)
 
@@ -117,6 +119,15 @@ def _build_parser() -> argparse.ArgumentParser:
     check = verb("verify", "read a finished result back and check everything in it")
     check.add_argument("destination", metavar="DST", help="finished result")
     check.add_argument("--against", metavar="SRC", help="compare every tensor with the source, too")
+    check.add_argument(
+        "--reproduce",
+        metavar="TENSOR",
+        action="append",
+        help="make this tensor again from SRC and compare the bytes, and do nothing else; may be repeated",
+    )
+    check.add_argument(
+        "--sha256", metavar="FILE", help="write the SHA-256 of every file as sha256sum does, if no problem is found"
+    )
     _add_json(check)
     _add_report(verb("report", "show the summary of a finished result, or write a page, a model card or tables of it"))
     _add_store(verb("store", "look after the store of finished shards"))

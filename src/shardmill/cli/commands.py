@@ -13,20 +13,19 @@ from contextlib import contextmanager
 from dataclasses import replace
 from statistics import median
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from shardmill.cli.arguments import APART, Options, read_intake, read_recipe
 from shardmill.cli.console import Console, Progress, print_document, print_result
 from shardmill.cli.documents import asked_for, check_documents, report, write_documents
 from shardmill.cli.failures import DONE, FAILED, REFUSED, SCHEMA, count, problem_lines
+from shardmill.cli.verifying import verify
 from shardmill.core.plan import Plan
 from shardmill.core.shell import command_line
 from shardmill.core.summary import (
-    PROXY,
     WORST_SHOWN,
     human_bytes,
     plan_document,
-    problem_document,
     render,
     render_warnings,
     summarize,
@@ -37,7 +36,6 @@ from shardmill.errors import Problem, RecipeInvalid, Refused, refuse, show
 
 if TYPE_CHECKING:
     from shardmill.core.outcome import ShardOutcome
-    from shardmill.stages.compare import Comparison
     from shardmill.stages.pipeline import RunResult, Watcher
     from shardmill.stages.plan import Locations
     from shardmill.storage.store import Store
@@ -223,86 +221,6 @@ def _show_result(result: RunResult, options: Options, console: Console) -> None:
 def _peak_memory() -> int:
     """Largest resident size of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def verify(options: Options, console: Console) -> int:
-    """Check a finished result, and compare it with its source when asked to."""
-    from shardmill.stages.verify import VerifyWatch, verify_against
-    from shardmill.stages.verify import verify as verify_result
-
-    notes: list[str] = []
-    read = 0
-
-    def on_total(size: int) -> None:
-        nonlocal read
-        read += size
-        console.progress("verify", size)
-
-    def on_bytes(size: int) -> None:
-        console.count_bytes(size)
-
-    watch = VerifyWatch(on_total=on_total, on_bytes=on_bytes, on_note=notes.append)
-    problems = verify_result(options.destination, watch)
-    rows: tuple[Comparison, ...] = ()
-    if options.against is not None:
-        rows, found = verify_against(options.destination, options.against, watch)
-        problems = sorted({*problems, *found})
-    console.close_progress()
-    for note in notes:
-        console.say(f"NOTE {note}")
-    if options.json:
-        print_document(_verify_document(options, problems, notes, rows))
-    else:
-        print_result("\n".join(_verify_lines(options, problems, rows, read)))
-    for line in problem_lines(problems):
-        console.error(line)
-    return FAILED if problems else DONE
-
-
-def _verify_document(
-    options: Options, problems: Sequence[Problem], notes: Sequence[str], rows: Sequence[Comparison]
-) -> dict[str, Any]:
-    return {
-        "command": "verify",
-        "schema": SCHEMA,
-        "status": "failed" if problems else "done",
-        "destination": options.destination,
-        "against": options.against,
-        "problems": [problem_document(problem) for problem in problems],
-        "notes": list(notes),
-        "weights": [
-            {
-                "module": row.module,
-                "scheme": row.scheme,
-                "relative_error": _finite(row.statistics.relative_error),
-                "sqnr_db": _finite(row.statistics.sqnr_db),
-                "usual_error": row.typical,
-                "stated_error": row.stated if row.stated is None else _finite(row.stated),
-                "is_unusual": row.is_unusual,
-            }
-            for row in rows
-        ],
-    }
-
-
-def _finite(number: float) -> float | None:
-    return number if float("-inf") < number < float("inf") else None
-
-
-def _verify_lines(
-    options: Options, problems: Sequence[Problem], rows: Sequence[Comparison], read: int
-) -> Iterator[str]:
-    if rows:
-        unusual = sum(row.is_unusual for row in rows)
-        yield f"{count(len(rows), 'quantized weight')} compared with the source, {unusual} with an unusual error"
-        yield "largest relative errors:"
-        for row in sorted(rows, key=lambda row: (-row.statistics.relative_error, row.module))[:WORST_SHOWN]:
-            found = row.statistics
-            figures = f"{found.relative_error:.4f}  {found.sqnr_db:5.1f} dB  usual {row.typical:.3f}"
-            yield f"  {figures}  {show(row.module)[1:-1]} ({show(row.scheme)[1:-1]})"
-        yield PROXY
-    verdict = f"{count(len(problems), 'problem')} found" if problems else "no problem found"
-    yield f"{show(options.destination, 200)}: {verdict}" + (f", {read:,} bytes of shards read" if read else "")
 
 
 def _open_store(options: Options) -> Store:
