@@ -120,7 +120,7 @@ def layer_picture(stack: Stack) -> Picture:
     alternative = (
         f"relative error of {len(bars)} layers; the largest of one weight is {highest[2]:.3g}, in layer {highest[0]}"
     )
-    left, right, upper, lower, height = 50, 8, 30, 36, 240
+    left, right, upper, lower, height = 62, 8, 30, 44, 248
     total = max(CHART_WIDTH, left + right + 8 * len(bars))
     root = _canvas(total, height, alternative)
     inner, step = height - upper - lower, (total - left - right) / len(bars)
@@ -142,8 +142,8 @@ def layer_picture(stack: Stack) -> Picture:
         _add(group, "rect", class_="bar", x=middle - width / 2, y=top_y, width=width, height=max(0.0, y(0) - top_y))
         _add(group, "circle", class_="dot", cx=middle, cy=y(worst), r=3)
         if number % every == 0:
-            _text(root, middle, y(0) + 16, str(layer), "middle", "soft")
-    _text(root, left + (total - left - right) / 2, height - 5, "layer", "middle", "soft")
+            _text(root, middle, y(0) + 17, str(layer), "middle", "soft")
+    _text(root, left + (total - left - right) / 2, height - 6, "layer", "middle", "soft")
     return Picture(root, alternative)
 
 
@@ -392,7 +392,7 @@ def spread_picture(values: Iterable[float], what: str) -> Picture | None:
     alternative = (
         f"histogram of {what}: {len(finite)} values from {finite[0]:.1f} to {finite[-1]:.1f} dB, median {median:.1f}"
     )
-    left, right, height, lower = 46, 14, 240, 36
+    left, right, height, lower = 62, 14, 248, 44
     root = _canvas(CHART_WIDTH, height, alternative)
     most, width, inner = max(counts), (CHART_WIDTH - left - right) / len(counts), height - lower - 30
     for part in (0, 1, 2):
@@ -407,8 +407,8 @@ def spread_picture(values: Iterable[float], what: str) -> Picture | None:
         told = f"{begin:.4g} to {begin + step:.4g} dB: {count}"
         _add(root, "rect", told, class_="bar", x=x + 0.5, y=30 + inner - tall, width=max(0.5, width - 1), height=tall)
         if number % every == 0:
-            _text(root, x, height - lower + 16, f"{begin:.4g}", "middle", "soft")
-    _text(root, CHART_WIDTH / 2, height - 5, "SQNR in dB", "middle", "soft")
+            _text(root, x, height - lower + 17, f"{begin:.4g}", "middle", "soft")
+    _text(root, CHART_WIDTH / 2, height - 6, "SQNR in dB", "middle", "soft")
     return Picture(root, alternative)
 
 
