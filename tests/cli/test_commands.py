@@ -23,13 +23,16 @@ import pytest
 import checkpoints
 from shardmill import __version__
 from shardmill.cli import arguments as cli_arguments
-from shardmill.cli import commands, main
+from shardmill.cli import commands, main, running
 from shardmill.cli import failures as cli_failures
 from shardmill.cli.arguments import parse_arguments, read_recipe
 from shardmill.cli.console import Console, Progress
+from shardmill.core.outcome import ShardOutcome
+from shardmill.core.plan import ShardPlan
 from shardmill.core.recipe import uniform
 from shardmill.core.shell import quote
 from shardmill.errors import StorageFailed
+from shardmill.stages import pipeline
 
 BASH = shutil.which("bash") or "bash"
 PROGRAM = "import sys\nfrom shardmill.cli import main\nsys.exit(main())"
@@ -288,6 +291,65 @@ def test_parquet_without_its_library_is_refused(
     assert "pip install 'shardmill[parquet]'" in capsys.readouterr().err
 
 
+# ---- several schemes --------------------------------------------------------------------------------------------
+
+
+def test_several_schemes_give_a_result_each(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--scheme", "fp8_dynamic", "--scheme", "W4A16", "-q"]
+    page = str(tmp_path / "{scheme}.html")
+    assert run(source, tmp_path / "out", *asked, "--html", page) == 0
+    out = capsys.readouterr().out
+    for scheme in ("FP8_DYNAMIC", "W4A16"):
+        assert main(["verify", str(tmp_path / "out" / scheme), "--against", str(source), "-q"]) == 0
+        assert f"next: vllm serve {tmp_path / 'out' / scheme}" in out
+        assert (tmp_path / f"{scheme}.html").exists()
+    capsys.readouterr()
+    assert run(source, tmp_path / "tiny-{scheme}-v1", *asked, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["status"], [one["hits"] for one in document["runs"]]) == ("done", [0, 0])
+    assert (tmp_path / "tiny-FP8_DYNAMIC-v1" / "config.json").exists()
+    assert run(source, tmp_path / "again", *asked, "--store", str(tmp_path / ".shardmill"), "--json") == 0
+    assert [one["hits"] for one in json.loads(capsys.readouterr().out)["runs"]] == [3, 3]
+    assert run(source, tmp_path / "dry", *asked, "--dry-run") == 0
+    assert not (tmp_path / "dry").exists()
+
+
+def test_one_of_several_schemes_may_fail(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantize = pipeline.quantize_shard
+
+    def fail(shard: ShardPlan, *more: Any) -> ShardOutcome:
+        if shard.number == 1 and shard.schemes[0].preset == "W4A16":
+            raise StorageFailed(5, "the disk is on fire")
+        return quantize(shard, *more)
+
+    monkeypatch.setattr(pipeline, "quantize_shard", fail)
+    assert run(source, tmp_path / "out", "--scheme", "W4A16", "--scheme", "W8A8", "--json") == 1
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert [(one["scheme"], one["status"]) for one in document["runs"]] == [("W4A16", "failed"), ("W8A8", "done")]
+    assert "W4A16:   `model-00002-of-00003.safetensors`" in err
+    assert [path.name for path in (tmp_path / "out").glob("[!.]*")] == ["W8A8"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (["--scheme", "W4A16", "--scheme", "w4a16"], "scheme `W4A16` is asked for 2 times"),
+        (["--scheme", "W4A16", "--scheme", "W8A8", "--html", "x.html"], "put {scheme} into its name"),
+        (["--scheme", "W4A16", "--scheme", "W5", "--scheme", "X"], "refused: 2 problems"),
+        (["--scheme", "W4A16", "--scheme", "FP8_DYNAMIC", "--group-size", "64"], "group_size 64 does not fit scheme"),
+    ],
+)
+def test_several_schemes_are_refused_before_any_begins(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: list[str], expected: str
+) -> None:
+    assert run(source, tmp_path / "out", *asked) == 2
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 # ---- verify -----------------------------------------------------------------------------------------------------
 
 
@@ -418,7 +480,7 @@ def test_ctrl_c_finishes_cleanly_and_prints_the_command_that_goes_on(tmp_path: P
 def test_the_second_ctrl_c_stops_at_once() -> None:
     stop = threading.Event()
     before = signal.getsignal(signal.SIGINT)
-    with commands._stop_on_interrupt(stop):
+    with running.stop_on_interrupt(stop):
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.is_set()
         with pytest.raises(KeyboardInterrupt):
@@ -431,7 +493,7 @@ def test_other_threads_leave_signals_alone() -> None:
     seen: list[Any] = []
 
     def work() -> None:
-        with commands._stop_on_interrupt(threading.Event()):
+        with running.stop_on_interrupt(threading.Event()):
             seen.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=work)

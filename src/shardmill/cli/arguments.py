@@ -40,6 +40,8 @@ class Options:
     source: str = ""
     destination: str = ""
     scheme: str | None = None
+    schemes: tuple[str, ...] = ()
+    """Of `run`, which takes several."""
     recipe: str | None = None
     group_size: int | None = None
     ignore: tuple[str, ...] = ()
@@ -89,7 +91,7 @@ def parse_arguments(argv: Sequence[str]) -> Options:
         values["rest"] = tuple(rest)
     elif rest:
         parser.error(f"unrecognized arguments: {shlex.join(rest)}")
-    for name in ("ignore", "limit", "reproduce"):
+    for name in ("ignore", "limit", "reproduce", "schemes"):
         values[name] = tuple(values.get(name) or ())
     return Options(**values, verbosity=-1 if quiet else verbose)
 
@@ -150,10 +152,15 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
 
 
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
+def _add_recipe(parser: argparse.ArgumentParser, *, takes_several: bool = False) -> None:
     group = parser.add_argument_group("what is quantized how")
     choice = group.add_mutually_exclusive_group()
-    choice.add_argument("--scheme", help=f"a preset such as W4A16 or NVFP4A16 (default: {DEFAULT_SCHEME})")
+    what = f"a preset such as W4A16 or NVFP4A16 (default: {DEFAULT_SCHEME})"
+    if takes_several:
+        more = "; may be repeated: a result for each in DST/SCHEME, or where DST says {scheme}, from one read of SRC"
+        choice.add_argument("--scheme", dest="schemes", metavar="SCHEME", action="append", help=what + more)
+    else:
+        choice.add_argument("--scheme", help=what)
     choice.add_argument("--recipe", metavar="FILE", help="a recipe in JSON or YAML")
     group.add_argument("--group-size", type=_positive, metavar="N", help="input features that share a scale")
     group.add_argument(
@@ -206,7 +213,7 @@ def _add_intake(parser: argparse.ArgumentParser) -> None:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help=_SOURCE)
     parser.add_argument("destination", metavar="DST", help="nothing yet, or an empty folder: a path, or s3://")
-    _add_recipe(parser)
+    _add_recipe(parser, takes_several=True)
     _add_intake(parser)
     group = parser.add_argument_group("how the run works; none of it changes bytes")
     kept = "where finished shards are kept: a path, or s3:// (default: .shardmill beside DST)"

@@ -1,226 +1,25 @@
-"""One function per command: it prints its result on stdout and returns the exit code."""
+"""Every command by name, and the small ones: a function prints its result on stdout and returns the exit code."""
 
 from __future__ import annotations
 
 import os
-import resource
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from statistics import median
-from types import FrameType
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
-from shardmill.cli.arguments import APART, Options, read_intake, read_recipe
-from shardmill.cli.console import Console, Progress, print_document, print_result
-from shardmill.cli.documents import asked_for, check_documents, report, write_documents
-from shardmill.cli.failures import DONE, FAILED, REFUSED, SCHEMA, count, problem_lines
+from shardmill.cli.arguments import APART, Options
+from shardmill.cli.console import Console, print_result
+from shardmill.cli.documents import report
+from shardmill.cli.failures import DONE, FAILED, count, problem_lines
+from shardmill.cli.planning import plan
+from shardmill.cli.running import run
 from shardmill.cli.verifying import verify
-from shardmill.core.plan import Plan
-from shardmill.core.shell import command_line
-from shardmill.core.summary import (
-    WORST_SHOWN,
-    human_bytes,
-    plan_document,
-    render,
-    render_warnings,
-    summarize,
-    summarize_plan,
-    summary_document,
-)
-from shardmill.errors import Problem, RecipeInvalid, Refused, refuse, show
+from shardmill.core.summary import human_bytes
+from shardmill.errors import refuse
 
 if TYPE_CHECKING:
-    from shardmill.core.outcome import ShardOutcome
-    from shardmill.stages.pipeline import RunResult, Watcher
-    from shardmill.stages.plan import Locations
     from shardmill.storage.store import Store
-
-
-def plan(options: Options, console: Console) -> int:
-    """Show what would be done to every tensor."""
-    from shardmill.stages.plan import collection_paused, make_plan
-    from shardmill.stages.validate import validate_plan
-    from shardmill.storage.source import open_source
-
-    with collection_paused():
-        found = make_plan(open_source(options.source, read_intake(options)), read_recipe(options))
-        problems = validate_plan(found)
-        return _show_plan(found, problems, options, console)
-
-
-def _show_plan(found: Plan, problems: Sequence[Problem], options: Options, console: Console) -> int:
-    if options.json:
-        status = "refused" if problems else "done"
-        print_document({"command": options.command, "status": status, **plan_document(found, problems)})
-    elif not problems:
-        summary = summarize_plan(found)
-        print_result("\n".join([render(summary), "", *_job_lines(found, summary.totals.output_bytes)]))
-    if problems:
-        console.error(f"refused: {count(len(problems), 'problem')}")
-        for line in problem_lines(problems):
-            console.error(line)
-    return REFUSED if problems else DONE
-
-
-def _job_lines(found: Plan, need: int) -> Iterator[str]:
-    """What a run would consist of, and the room that it needs."""
-    sizes = [shard.size for shard in found.shards]
-    each = f"{human_bytes(min(sizes))} to {human_bytes(max(sizes))} each, median {human_bytes(median(sizes))}"
-    yield f"jobs  {count(len(sizes), 'shard')}, {each}"
-    partners = sum(len(shard.sources) > 1 for shard in found.shards)
-    if partners:
-        yield f"      {partners} also read members of fused sets in other shards, for a shared global scale"
-    yield f"disk  {need:,} bytes ({human_bytes(need)}) on the file system of DST; a store elsewhere needs as much again"
-    other = ", ".join(show(name) for name, _ in found.left_out[:WORST_SHOWN])
-    yield f"files {count(len(found.files), 'other file')} copied" + (f"; left out: {other}" if other else "")
-
-
-def run(options: Options, console: Console) -> int:
-    """Quantize a checkpoint."""
-    from shardmill.stages.devices import check_devices
-    from shardmill.stages.pipeline import RunOptions
-    from shardmill.stages.pipeline import run as run_stages
-    from shardmill.stages.plan import Locations
-
-    if options.search != "none":
-        message = "search `mse` is not available in this version"
-        raise RecipeInvalid([Problem(kind="search-unavailable", message=message, way_out="use --search none")])
-    recipe = read_recipe(options)
-    check_documents(options)
-    locations = Locations(
-        source=options.source, destination=options.destination, store=options.store, intake=read_intake(options)
-    )
-    unavailable = check_devices(options.device)
-    if unavailable:
-        raise Refused(unavailable)
-    if options.dry_run:
-        return _dry_run(locations, options, console)
-    stop = threading.Event()
-    settings = RunOptions(device=options.device, workers=options.workers, verify=options.verify)
-    with _stop_on_interrupt(stop):
-        result = run_stages(locations, recipe, settings, watcher=_watcher(console, stop), stop=stop)
-    console.close_progress()
-    _show_result(result, options, console)
-    if asked_for(options):
-        from shardmill.stages.report import base_model_of, make_report
-
-        found = make_report(
-            options.destination,
-            source=options.source,
-            base_model=options.base_model or base_model_of(options.source),
-            seconds=result.seconds,
-            with_histograms=True,
-        )
-        for line in write_documents(found, options):
-            console.say(line)
-    return DONE
-
-
-def _dry_run(locations: Locations, options: Options, console: Console) -> int:
-    """Everything that `run` checks before work."""
-    from shardmill.stages.plan import make_plan
-    from shardmill.stages.validate import pin_readable, validate_locations, validate_plan
-
-    store = locations.open_store()
-    locations = pin_readable(locations, store)
-    found = make_plan(locations.open_source(), read_recipe(options))
-    problems = sorted({*validate_plan(found), *validate_locations(found, locations, store)})
-    code = _show_plan(found, problems, options, console)
-    console.say("dry run: nothing was written")
-    return code
-
-
-@contextmanager
-def _stop_on_interrupt(stop: threading.Event) -> Iterator[None]:
-    """The first Ctrl-C asks shards to stop, the second ends the program at once."""
-
-    def handle(_signal: int, _frame: FrameType | None) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may handle signals
-        return
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _watcher(console: Console, stop: threading.Event) -> Watcher:
-    """Show a run's progress; a request to stop is acknowledged when the next bytes are counted."""
-    from shardmill.stages.pipeline import Watcher
-
-    progress: list[Progress] = []
-    acknowledged = threading.Event()
-
-    def on_plan(found: Plan) -> None:
-        for line in render_warnings(found.warnings):
-            console.say(line)
-        progress.append(console.progress("quantize", found.source_bytes, len(found.shards)))
-
-    def on_bytes(size: int) -> None:
-        progress[-1].add(size)
-        if stop.is_set() and not acknowledged.is_set():
-            acknowledged.set()
-            console.say("stopping: shards in work are dropped, finished ones are kept; Ctrl-C again stops at once")
-
-    def on_shard(outcome: ShardOutcome) -> None:
-        progress[-1].add_shard(is_hit=outcome.is_hit)
-
-    def on_failure(shard: str, _error: BaseException) -> None:
-        console.say(f"{show(shard)} failed; the other shards go on")
-
-    return Watcher(on_plan=on_plan, on_bytes=on_bytes, on_shard=on_shard, on_failure=on_failure)
-
-
-def _show_result(result: RunResult, options: Options, console: Console) -> None:
-    from shardmill.stages.plan import collection_paused
-
-    with collection_paused():
-        summary = summarize(result.manifest)
-    hits = sum(outcome.is_hit for outcome in result.outcomes)
-    rate = summary.totals.source_bytes / max(result.seconds, 1e-9)
-    following = command_line("vllm", "serve", options.destination)
-    told = {(problem.kind, problem.file, problem.tensor) for problem in result.plan.warnings}
-    new = tuple(w for w in summary.warnings if (w.kind, w.file, w.tensor) not in told)
-    for line in render_warnings(new):
-        console.say(line)
-    if options.json:
-        print_document(
-            {
-                "command": "run",
-                "schema": SCHEMA,
-                "status": "done",
-                "destination": options.destination,
-                "plan": result.manifest["plan"],
-                "seconds": result.seconds,
-                "bytes_per_second": rate,
-                "peak_memory_bytes": _peak_memory(),
-                "hits": hits,
-                "store_checks_failed": result.store_checks_failed,
-                "summary": summary_document(summary),
-                "next": following,
-            }
-        )
-        return
-    speed = f"{result.seconds:.1f} s, {rate / 1e9:.2f} GB/s, peak memory {human_bytes(_peak_memory())}"
-    stored = f"{hits} of {count(summary.shards, 'shard')} found in the store"
-    if result.store_checks_failed:
-        stored += f"\nstore checks failed: {result.store_checks_failed}; what failed was not used"
-    print_result("\n".join([render(replace(summary, warnings=new)), "", f"{speed}, {stored}", f"next: {following}"]))
-
-
-def _peak_memory() -> int:
-    """Largest resident size of this process in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _open_store(options: Options) -> Store:
