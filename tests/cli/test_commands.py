@@ -14,6 +14,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -262,6 +264,34 @@ def test_report_says_what_is_missing_without_source_and_headers(source: Path, tm
     next(result.glob("*.safetensors")).unlink()
     assert main(["report", str(result), "--html", str(page)]) == 0
     assert "Sizes by part are missing: the headers of 1 of 3 shards" in page.read_text()
+
+
+def test_the_report_of_a_thousand_shards_comes_soon(tmp_path: Path) -> None:
+    """A manifest of 50,000 tensors: that of a small result, its shard a thousand times with other layers."""
+    source = checkpoints.write(tmp_path / "source", [checkpoints.llama(6, 64, 64)])
+    result, page = tmp_path / "result", tmp_path / "page.html"
+    assert run(source, result, "-q", "--scheme", "W8A8") == 0
+    manifest = json.loads((result / "shardmill.json").read_text())
+    [shard] = manifest["shards"]
+
+    def moved(number: int) -> Any:
+        """The shard with its layers further on."""
+        further = partial(re.sub, r"layers\.(\d)\.", lambda found: f"layers.{10 * number + int(found[1])}.")
+        return json.loads(further(json.dumps(shard)))
+
+    names = [f"model-{number:05d}-of-01000.safetensors" for number in range(1000)]
+    manifest["shards"] = [moved(number) | {"name": name} for number, name in enumerate(names)]
+    manifest["sources"] = dict.fromkeys(names, next(iter(manifest["sources"].values())))
+    assert sum(len(entry["tensors"]) for entry in manifest["shards"]) >= 50_000
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large" / "shardmill.json").write_text(json.dumps(manifest))
+    begun = time.monotonic()
+
+    assert main(["report", str(tmp_path / "large"), "--html", str(page)]) == 0
+
+    print(f"{time.monotonic() - begun:.1f} s, {page.stat().st_size:,} bytes")
+    assert page.stat().st_size < 5_000_000
+    assert "the first 512 of 6,000 layers" in page.read_text()
 
 
 def test_a_card_replaces_only_another_card(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
