@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from types import TracebackType
 from typing import Final, Self
 
@@ -68,7 +68,8 @@ class _Share:
             self._changed.notify_all()
         if is_last:
             self._blocks.clear()
-            self._stack.close()
+            with suppress(SourceChanged):  # every run has looked for itself, and told so
+                self._stack.close()
 
     def may_read(self, run: int) -> bool:
         """Whether a run is not far ahead of another one."""
