@@ -10,7 +10,7 @@ LINKS := build/lint
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all coverage bench bench-kernels bench-buckets bench-executors check lint types layers link-tree goldens clean
+.PHONY: help venv demo test test-all coverage bench bench-kernels bench-buckets bench-executors bench-several check lint types layers link-tree goldens clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,13 +38,17 @@ BENCH_REFERENCE = $(if $(SHARDMILL_REFERENCE_PYTHON)$(filter --skip-reference --
 
 bench: .venv/stamp $(BENCH_REFERENCE)  ## measure speed and memory beside the reference system; takes hours
 	$(BIN)/python tests/bench $(BENCH)
-	$(MAKE) bench-buckets bench-executors
+	$(MAKE) bench-buckets bench-executors bench-several
 
 bench-buckets: .venv/stamp  ## measure bucket to bucket beside a bare client, on a radosgw that is started for it
 	tests/storage/ceph.sh run $(BIN)/python tests/bench/buckets.py
 
 bench-executors: .venv/stamp  ## measure what each executor costs per shard
 	$(BIN)/python tests/bench/executors.py
+
+bench-several: .venv/stamp  ## measure several schemes from one read beside a run for each
+	$(BIN)/python tests/bench/several.py
+	$(BIN)/python tests/bench/several.py --rate 200
 
 bench-kernels: .venv/stamp  ## measure the kernels alone, on one core
 	$(BIN)/python tests/bench/kernels.py
@@ -75,7 +79,7 @@ clean:  ## remove environments, caches and builds
 
 .venv/stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench,dask,demo,dev,docker,kubernetes]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench,dask,demo,dev,docker,kubernetes,parquet]'
 	touch $@
 
 .venv-%/stamp: tests/reference/constraints-%.txt

@@ -22,11 +22,15 @@ from prefect.runtime import flow_run
 
 from shardmill.core.assemble import totals
 from shardmill.core.manifest import Manifest, Totals
+from shardmill.core.markdown import code, plain
 from shardmill.core.plan import Plan
 from shardmill.core.summary import Summary, human_bytes
-from shardmill.errors import NAME_LIMIT, Problem, Refused
+from shardmill.errors import NAME_LIMIT, Problem, Refused, show
 from shardmill.flows.report import report_markdown
-from shardmill.orchestration.names import code, plain
+from shardmill.pages.page import render_page
+from shardmill.stages.plan import Locations
+from shardmill.stages.report import make_report
+from shardmill.storage.documents import write_document
 
 log = logging.getLogger(__name__)
 PROBLEMS_RAISED: Final = 10
@@ -202,12 +206,26 @@ def show_report(manifest: Manifest, summary: Summary, figures: Mapping[str, Any]
 
 def show_output(destination: str) -> None:
     """Link to the result, where it is at an URL."""
-    if "://" not in destination:
+    _link("output", destination, "Where the result is.")
+
+
+def _link(key: str, location: str, description: str) -> None:
+    if "://" not in location:
         return
-    link, text = quote(destination, safe="/:@%+,;=~?&"), code(destination, 300)
-    _try(
-        "output",
-        lambda prefix: create_link_artifact(
-            link, link_text=text, key="output", description=f"{prefix}Where the result is."
-        ),
-    )
+    link, text = quote(location, safe="/:@%+,;=~?&"), code(location, 300)
+    _try(key, lambda prefix: create_link_artifact(link, link_text=text, key=key, description=prefix + description))
+
+
+def write_page(location: str, locations: Locations, seconds: float) -> str:
+    """Write the page of a finished result, and link to it; returns where it is, or nothing where it could not be.
+
+    What was done is not lost with it: `shardmill report` writes the page at any time.
+    """
+    try:
+        report = make_report(locations.destination, source=locations.source, seconds=seconds, with_histograms=True)
+        write_document(location, render_page(report).encode())
+    except Exception as error:  # noqa: BLE001  whatever it is: what a run shows must not cost what it did
+        log.warning("the page %s could not be written: %s", show(location, 200), error)
+        return ""
+    _link("page", location, "A page with pictures of the result.")
+    return location

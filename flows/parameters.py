@@ -21,11 +21,11 @@ from pydantic import (
 )
 
 from shardmill.core.limits import NAMES, Intake, Limits
+from shardmill.core.markdown import plain
 from shardmill.core.recipe import Recipe, parse_recipe
 from shardmill.core.scheme import PRESETS
 from shardmill.errors import Problem, RecipeInvalid
 from shardmill.orchestration.bench import Job
-from shardmill.orchestration.names import plain
 from shardmill.stages.pipeline import RunOptions
 from shardmill.stages.plan import Locations
 
@@ -220,6 +220,12 @@ class Places(_Form):
         description="Where the result appears, whole, when it is finished: nothing or an empty folder. "
         "Absolute path or URL.",
         examples=["/models/Qwen3-8B-FP8"],
+    )
+    page: Location | None = Field(
+        default=None,
+        description="Where a page with pictures of the finished result is written: one HTML file that needs no "
+        "network. Absolute path or URL; none for no page.",
+        examples=["/models/reports/Qwen3-8B-FP8.html"],
     )
 
 

@@ -35,6 +35,7 @@ from shardmill.stages.pipeline import ROUNDS
 from shardmill.stages.quantize import failed_checks
 from shardmill.stages.validate import pin_readable, refuse_problems
 from shardmill.storage.claim import Claim
+from shardmill.storage.documents import check_document
 from shardmill.storage.location import parse_location
 from shardmill.tasks.finalize import finalize_checkpoint, find_published
 from shardmill.tasks.plan import find_kept, plan_checkpoint
@@ -83,6 +84,8 @@ def quantize_checkpoint(request: QuantizeRequest) -> FlowSummary:
 
 
 def _convert(request: QuantizeRequest, job: Job, started: float) -> FlowSummary:
+    if request.page is not None:
+        check_document(request.page)
     with workbench(job) as bench:
         plan = _checked_plan(request.to_recipe(), job)
         bench.store.prepare()
@@ -111,7 +114,8 @@ def _convert(request: QuantizeRequest, job: Job, started: float) -> FlowSummary:
             bits_per_weight=round(summary.bits_per_weight, 3),
             seconds=round(time.monotonic() - started, 1),
         )
-        artifacts.show_report(manifest, summary, asdict(result))
+        page = artifacts.write_page(request.page, job.locations, result.seconds) if request.page else ""
+        artifacts.show_report(manifest, summary, asdict(result) | {"page": page})
         artifacts.show_output(result.destination)
         if result.store_checks_failed:
             get_run_logger().warning("store checks failed: %s; what failed was not used", result.store_checks_failed)

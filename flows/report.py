@@ -5,39 +5,34 @@ Names and reasons are foreign text: they stand in code, where nothing is a link,
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import reduce
 from typing import Any, Final
 
 from shardmill.core.manifest import Manifest
+from shardmill.core.markdown import code
 from shardmill.core.receipt import WeightRecord
-from shardmill.core.statistics import Statistics
+from shardmill.core.report import Report, build_report
 from shardmill.core.summary import PROXY, Decision, Summary, human_bytes
-from shardmill.flows.picture import Bar, as_image, picture_of
-from shardmill.orchestration.names import code
 from shardmill.orchestration.progress import clock_time, speed
+from shardmill.pages.pictures import expert_grid, heat_map, layer_picture, module_grid
 
 NAMES_SHOWN: Final = 4
 WARNINGS_SHOWN: Final = 20
 PICTURES_SHOWN: Final = 4
-_BARS: Final = 300
 _HARMLESS: Final = re.compile(r"[A-Za-z0-9 ,;'-]*")
 """What markdown shows as it is."""
-_NUMBERED: Final = re.compile(r"(.*?)\.(\d{1,6})(?=\.|$)", re.DOTALL)
 
 
 def report_markdown(manifest: Manifest, summary: Summary, figures: Mapping[str, Any]) -> str:
     """Write the report of a finished run.
 
     Args:
-        figures: Of the run itself, as `FlowSummary` has them.
+        figures: Of the run itself, as `FlowSummary` has them; `page` where one was written.
     """
-    weights = [weight for shard in manifest.shards for weight in shard.weights]
     sections = [
         _table(("", ""), _totals(summary, figures)),
-        *_pictures(weights),
+        *_pictures(build_report(manifest)),
         "## Decisions",
         _table(("what", "tensors", "why", "which"), map(_decision, summary.decisions), "lrll"),
     ]
@@ -63,6 +58,8 @@ def _totals(summary: Summary, figures: Mapping[str, Any]) -> Iterator[tuple[str,
     )
     yield "bits per weight", f"**{summary.bits_per_weight:.2f}**, {quantized}"
     yield "shards", f"{figures['shards']}, of which {figures['hits']} were done before"
+    if page := figures.get("page"):
+        yield "page", code(str(page), 300)
     yield "time", f"{clock_time(seconds)}; {human_bytes(read)} read{rate}"
 
 
@@ -94,19 +91,14 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]], align: str = ""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rules, *rows))
 
 
-def _pictures(weights: Iterable[WeightRecord]) -> Iterator[str]:
-    """A picture for each sequence of numbered layers, the longest ones."""
-    stacks: dict[str, dict[int, list[Statistics]]] = {}
-    for weight in weights:
-        if found := _NUMBERED.match(weight.module):
-            layers = stacks.setdefault(found[1], {})
-            layers.setdefault(int(found[2]), []).append(weight.statistics)
-    for name in sorted(stacks, key=lambda name: (-len(stacks[name]), name))[:PICTURES_SHOWN]:
-        yield f"## Error per layer of {code(name)}"
-        bars = [_bar(layer, stacks[name][layer]) for layer in sorted(stacks[name])[:_BARS]]
-        yield as_image(picture_of(bars), "relative error by layer")
-
-
-def _bar(layer: int, statistics: Sequence[Statistics]) -> Bar:
-    errors = [math.inf if math.isnan(found.relative_error) else found.relative_error for found in statistics]
-    return Bar(layer, reduce(Statistics.merge, statistics).relative_error, max(errors))
+def _pictures(report: Report) -> Iterator[str]:
+    """What is known of the errors of each sequence of numbered layers, the longest ones."""
+    for stack in report.stacks[:PICTURES_SHOWN]:
+        name = code(stack.name)
+        yield f"## Error per layer of {name}"
+        yield layer_picture(stack).as_image()
+        yield f"## SQNR by layer and module of {name}"
+        yield heat_map(module_grid(stack), has_titles=False).as_image()
+        if stack.experts:
+            yield f"## SQNR by layer and expert of {name}"
+            yield heat_map(expert_grid(stack), has_titles=False).as_image()

@@ -7,12 +7,15 @@ import io
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -22,12 +25,16 @@ import pytest
 import checkpoints
 from shardmill import __version__
 from shardmill.cli import arguments as cli_arguments
-from shardmill.cli import commands, main
+from shardmill.cli import commands, main, running
 from shardmill.cli import failures as cli_failures
-from shardmill.cli.arguments import parse_arguments, quote, read_recipe
+from shardmill.cli.arguments import parse_arguments, read_recipe
 from shardmill.cli.console import Console, Progress
+from shardmill.core.outcome import ShardOutcome
+from shardmill.core.plan import ShardPlan
 from shardmill.core.recipe import uniform
+from shardmill.core.shell import quote
 from shardmill.errors import StorageFailed
+from shardmill.stages import pipeline
 
 BASH = shutil.which("bash") or "bash"
 PROGRAM = "import sys\nfrom shardmill.cli import main\nsys.exit(main())"
@@ -223,6 +230,156 @@ def test_report_shows_the_summary_of_a_result(source: Path, tmp_path: Path, caps
     assert str(tmp_path / "result") in err
 
 
+def test_report_writes_what_it_is_asked_for(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result, page, card, figures = (tmp_path / name for name in ("result", "page.html", "card.md", "figures.json"))
+    run(source, result, "--scheme", "W4A16", "-q")
+    capsys.readouterr()
+
+    asked = ["--html", str(page), "--card", str(card), "--json", str(figures), "--base-model", "org/tiny"]
+    assert main(["report", str(result), "--against", str(source), *asked]) == 0
+
+    told = capsys.readouterr().out
+    assert [line.rpartition(": ")[0] for line in told.splitlines()] == [f"`{path}`" for path in (page, card, figures)]
+    text = page.read_text()
+    assert "Histograms are missing" not in text
+    assert text.count("<figcaption>weight</figcaption>") == 14
+    assert f"shardmill run {source} DST --scheme W4A16" in text
+    assert "base_model: org/tiny" in card.read_text()
+    document = json.loads(figures.read_text())
+    assert sum(part["bytes"] for part in document["parts"]) == sum(
+        document["summary"]["totals"][name] for name in ("quantized_bytes", "copied_bytes")
+    )
+    assert sum(part["elements"] for part in document["parts"]) == sum(
+        document["summary"]["totals"][name] for name in ("quantized_weights", "copied_weights")
+    )
+    assert len(document["histograms"]) == 14
+    assert {sum(found["weight"]) == sum(found["error"]) > 0 for found in document["histograms"].values()} == {True}
+
+
+def test_report_says_what_is_missing_without_source_and_headers(source: Path, tmp_path: Path) -> None:
+    result, page = tmp_path / "result", tmp_path / "page.html"
+    run(source, result, "-q")
+    assert main(["report", str(result), "--html", str(page)]) == 0
+    assert "Histograms are missing" in page.read_text()
+    next(result.glob("*.safetensors")).unlink()
+    assert main(["report", str(result), "--html", str(page)]) == 0
+    assert "Sizes by part are missing: the headers of 1 of 3 shards" in page.read_text()
+
+
+def test_the_report_of_a_thousand_shards_comes_soon(tmp_path: Path) -> None:
+    """A manifest of 50,000 tensors: that of a small result, its shard a thousand times with other layers."""
+    source = checkpoints.write(tmp_path / "source", [checkpoints.llama(6, 64, 64)])
+    result, page = tmp_path / "result", tmp_path / "page.html"
+    assert run(source, result, "-q", "--scheme", "W8A8") == 0
+    manifest = json.loads((result / "shardmill.json").read_text())
+    [shard] = manifest["shards"]
+
+    def moved(number: int) -> Any:
+        """The shard with its layers further on."""
+        further = partial(re.sub, r"layers\.(\d)\.", lambda found: f"layers.{10 * number + int(found[1])}.")
+        return json.loads(further(json.dumps(shard)))
+
+    names = [f"model-{number:05d}-of-01000.safetensors" for number in range(1000)]
+    manifest["shards"] = [moved(number) | {"name": name} for number, name in enumerate(names)]
+    manifest["sources"] = dict.fromkeys(names, next(iter(manifest["sources"].values())))
+    assert sum(len(entry["tensors"]) for entry in manifest["shards"]) >= 50_000
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large" / "shardmill.json").write_text(json.dumps(manifest))
+    begun = time.monotonic()
+
+    assert main(["report", str(tmp_path / "large"), "--html", str(page)]) == 0
+
+    print(f"{time.monotonic() - begun:.1f} s, {page.stat().st_size:,} bytes")
+    assert page.stat().st_size < 5_000_000
+    assert "the first 512 of 6,000 layers" in page.read_text()
+
+
+def test_a_card_replaces_only_another_card(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (source / "README.md").write_text("of the source")
+    result, card = tmp_path / "result", tmp_path / "card.md"
+    run(source, result, "-q")
+    assert main(["report", str(result), "--card", str(result / "README.md")]) == 2
+    assert "shardmill did not write" in capsys.readouterr().err
+    assert (result / "README.md").read_text() == "of the source"
+    for _ in range(2):
+        assert main(["report", str(result), "--card", str(card)]) == 0
+    assert "# result\n" in card.read_text()
+
+
+def test_a_run_writes_page_and_card_with_its_time(source: Path, tmp_path: Path) -> None:
+    asked = ["--html", str(tmp_path / "page.html"), "--card", str(tmp_path / "card.md")]
+    assert run(source, tmp_path / "result", "-q", *asked) == 0
+    assert re.search(r"3 shards; \d+\.\d s, [\d.]+ \wB/s", (tmp_path / "page.html").read_text())
+    assert "shardmill run SRC result --scheme FP8_DYNAMIC" in (tmp_path / "card.md").read_text()
+
+
+def test_parquet_without_its_library_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert main(["report", str(source), "--parquet", str(tmp_path / "x.parquet")]) == 2
+    assert "pip install 'shardmill[parquet]'" in capsys.readouterr().err
+
+
+# ---- several schemes --------------------------------------------------------------------------------------------
+
+
+def test_several_schemes_give_a_result_each(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--scheme", "fp8_dynamic", "--scheme", "W4A16", "-q"]
+    page = str(tmp_path / "{scheme}.html")
+    assert run(source, tmp_path / "out", *asked, "--html", page) == 0
+    out = capsys.readouterr().out
+    for scheme in ("FP8_DYNAMIC", "W4A16"):
+        assert main(["verify", str(tmp_path / "out" / scheme), "--against", str(source), "-q"]) == 0
+        assert f"next: vllm serve {tmp_path / 'out' / scheme}" in out
+        assert (tmp_path / f"{scheme}.html").exists()
+    capsys.readouterr()
+    assert run(source, tmp_path / "tiny-{scheme}-v1", *asked, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["status"], [one["hits"] for one in document["runs"]]) == ("done", [0, 0])
+    assert (tmp_path / "tiny-FP8_DYNAMIC-v1" / "config.json").exists()
+    assert run(source, tmp_path / "again", *asked, "--store", str(tmp_path / ".shardmill"), "--json") == 0
+    assert [one["hits"] for one in json.loads(capsys.readouterr().out)["runs"]] == [3, 3]
+    assert run(source, tmp_path / "dry", *asked, "--dry-run") == 0
+    assert not (tmp_path / "dry").exists()
+
+
+def test_one_of_several_schemes_may_fail(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantize = pipeline.quantize_shard
+
+    def fail(shard: ShardPlan, *more: Any) -> ShardOutcome:
+        if shard.number == 1 and shard.schemes[0].preset == "W4A16":
+            raise StorageFailed(5, "the disk is on fire")
+        return quantize(shard, *more)
+
+    monkeypatch.setattr(pipeline, "quantize_shard", fail)
+    assert run(source, tmp_path / "out", "--scheme", "W4A16", "--scheme", "W8A8", "--json") == 1
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert [(one["scheme"], one["status"]) for one in document["runs"]] == [("W4A16", "failed"), ("W8A8", "done")]
+    assert "W4A16:   `model-00002-of-00003.safetensors`" in err
+    assert [path.name for path in (tmp_path / "out").glob("[!.]*")] == ["W8A8"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (["--scheme", "W4A16", "--scheme", "w4a16"], "scheme `W4A16` is asked for 2 times"),
+        (["--scheme", "W4A16", "--scheme", "W8A8", "--html", "x.html"], "put {scheme} into its name"),
+        (["--scheme", "W4A16", "--scheme", "W5", "--scheme", "X"], "refused: 2 problems"),
+        (["--scheme", "W4A16", "--scheme", "FP8_DYNAMIC", "--group-size", "64"], "group_size 64 does not fit scheme"),
+    ],
+)
+def test_several_schemes_are_refused_before_any_begins(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: list[str], expected: str
+) -> None:
+    assert run(source, tmp_path / "out", *asked) == 2
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 # ---- verify -----------------------------------------------------------------------------------------------------
 
 
@@ -254,6 +411,43 @@ def test_verify_names_what_differs_and_fails(source: Path, tmp_path: Path, capsy
     assert main(["verify", str(result), "--json"]) == 1
     document = json.loads(capsys.readouterr().out)
     assert [problem["kind"] for problem in document["problems"]] == ["digest-differs"]
+
+
+def test_verify_makes_a_tensor_again(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result, name = tmp_path / "result", "model.layers.0.mlp.up_proj"
+    run(source, result, "-q")
+    asked = ["verify", str(result), "--against", str(source), "--reproduce", name, "--reproduce", "model.norm"]
+    capsys.readouterr()
+    assert main(asked) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(": ")[2] for line in lines] == ["byte-identical", "byte-identical"]
+    assert lines[0].startswith(f"`{name}.weight` of `model-0000")
+
+    path = max(result.glob("*.safetensors"))
+    path.chmod(0o644)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # of the last tensor of the last shard
+    path.unlink()
+    path.write_bytes(data)
+    last = max(checkpoints.read(result), key=lambda name: (name.startswith("model.norm"), name))
+    assert main([*asked[:5], last, "--json"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert [problem["kind"] for problem in document["problems"]] == ["bytes-differ"]
+    assert document["reproduced"][0]["outputs"] == [last]
+
+
+def test_sums_are_written_of_a_sound_result_only(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result, sums = tmp_path / "result", tmp_path / "SHA256SUMS"
+    run(source, result, "-q")
+    assert main(["verify", str(result), "--sha256", str(sums)]) == 0
+    assert "SHA-256 of 7 files" in capsys.readouterr().err
+    sums.unlink()
+    (result / "LICENSE").unlink()
+    assert main(["verify", str(result), "--sha256", str(sums)]) == 1
+    assert "was not written" in capsys.readouterr().err
+    assert not sums.exists()
 
 
 def test_verify_says_what_it_leaves_out(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -316,7 +510,7 @@ def test_ctrl_c_finishes_cleanly_and_prints_the_command_that_goes_on(tmp_path: P
 def test_the_second_ctrl_c_stops_at_once() -> None:
     stop = threading.Event()
     before = signal.getsignal(signal.SIGINT)
-    with commands._stop_on_interrupt(stop):
+    with running.stop_on_interrupt(stop):
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.is_set()
         with pytest.raises(KeyboardInterrupt):
@@ -329,7 +523,7 @@ def test_other_threads_leave_signals_alone() -> None:
     seen: list[Any] = []
 
     def work() -> None:
-        with commands._stop_on_interrupt(threading.Event()):
+        with running.stop_on_interrupt(threading.Event()):
             seen.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=work)
@@ -519,7 +713,7 @@ def test_quoted_arguments_are_read_back_by_bash(argument: str) -> None:
     assert quote(argument).isprintable()
 
 
-@pytest.mark.parametrize("module", [cli_arguments, cli_failures])
+@pytest.mark.parametrize("module", [cli_failures])
 def test_examples_in_docstrings_run(module: ModuleType) -> None:
     found = doctest.testmod(module)
     assert (found.failed, found.attempted > 0) == (0, True)

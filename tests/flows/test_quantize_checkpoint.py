@@ -271,6 +271,23 @@ def test_the_run_is_named_and_shows_its_artifacts(ask: Ask) -> None:
     assert "bits per weight" in shown["report"]
 
 
+def test_the_page_is_written_and_the_report_says_where(tmp_path: Path, ask: Ask) -> None:
+    state = quantize_checkpoint(ask(page=str(tmp_path / "page.html")), return_state=True)
+
+    page = (tmp_path / "page.html").read_text()
+    assert "4 shards; " in page
+    assert "<figcaption>weight</figcaption>" in page
+    shown = artifacts(run_id(state))
+    assert f"`{tmp_path / 'page.html'}`" in shown["report"]
+    assert "![heat map of SQNR by layer and module" in shown["report"]
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_work(tmp_path: Path, ask: Ask) -> None:
+    with pytest.raises(DestinationInvalid, match="no folder that it could lie in"):
+        quantize_checkpoint(ask(page=str(tmp_path / "nowhere" / "page.html")))
+    assert not (tmp_path / "result").exists()
+
+
 def test_non_finite_weights_are_copied_where_they_are_allowed(tmp_path: Path, ask: Ask) -> None:
     tensors = checkpoints.llama()
     tensors["model.layers.1.mlp.up_proj.weight"][0, 1] = torch.inf

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 from collections.abc import Callable, Sequence
@@ -41,6 +40,8 @@ class Options:
     source: str = ""
     destination: str = ""
     scheme: str | None = None
+    schemes: tuple[str, ...] = ()
+    """Of `run`, which takes several."""
     recipe: str | None = None
     group_size: int | None = None
     ignore: tuple[str, ...] = ()
@@ -58,7 +59,13 @@ class Options:
     verify: str = "fast"
     dry_run: bool = False
     against: str | None = None
+    reproduce: tuple[str, ...] = ()
+    sha256: str | None = None
     html: str | None = None
+    card: str | None = None
+    parquet: str | None = None
+    json_file: str | None = None
+    base_model: str = ""
     older_than: float = 24.0
     """Hours."""
     rest: tuple[str, ...] = ()
@@ -84,7 +91,7 @@ def parse_arguments(argv: Sequence[str]) -> Options:
         values["rest"] = tuple(rest)
     elif rest:
         parser.error(f"unrecognized arguments: {shlex.join(rest)}")
-    for name in ("ignore", "limit"):
+    for name in ("ignore", "limit", "reproduce", "schemes"):
         values[name] = tuple(values.get(name) or ())
     return Options(**values, verbosity=-1 if quiet else verbose)
 
@@ -114,10 +121,17 @@ def _build_parser() -> argparse.ArgumentParser:
     check = verb("verify", "read a finished result back and check everything in it")
     check.add_argument("destination", metavar="DST", help="finished result")
     check.add_argument("--against", metavar="SRC", help="compare every tensor with the source, too")
+    check.add_argument(
+        "--reproduce",
+        metavar="TENSOR",
+        action="append",
+        help="make this tensor again from SRC and compare the bytes, and do nothing else; may be repeated",
+    )
+    check.add_argument(
+        "--sha256", metavar="FILE", help="write the SHA-256 of every file as sha256sum does, if no problem is found"
+    )
     _add_json(check)
-    report = verb("report", "show the summary of a finished result")
-    report.add_argument("destination", metavar="DST", help="finished result")
-    report.add_argument("--html", metavar="FILE", help="write a page with pictures (not in this version)")
+    _add_report(verb("report", "show the summary of a finished result, or write a page, a model card or tables of it"))
     _add_store(verb("store", "look after the store of finished shards"))
     for name, summary in APART.items():
         verbs.add_parser(name, help=summary, add_help=False, allow_abbrev=False)
@@ -138,10 +152,15 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
 
 
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
+def _add_recipe(parser: argparse.ArgumentParser, *, takes_several: bool = False) -> None:
     group = parser.add_argument_group("what is quantized how")
     choice = group.add_mutually_exclusive_group()
-    choice.add_argument("--scheme", help=f"a preset such as W4A16 or NVFP4A16 (default: {DEFAULT_SCHEME})")
+    what = f"a preset such as W4A16 or NVFP4A16 (default: {DEFAULT_SCHEME})"
+    if takes_several:
+        more = "; may be repeated: a result for each in DST/SCHEME, or where DST says {scheme}, from one read of SRC"
+        choice.add_argument("--scheme", dest="schemes", metavar="SCHEME", action="append", help=what + more)
+    else:
+        choice.add_argument("--scheme", help=what)
     choice.add_argument("--recipe", metavar="FILE", help="a recipe in JSON or YAML")
     group.add_argument("--group-size", type=_positive, metavar="N", help="input features that share a scale")
     group.add_argument(
@@ -194,7 +213,7 @@ def _add_intake(parser: argparse.ArgumentParser) -> None:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help=_SOURCE)
     parser.add_argument("destination", metavar="DST", help="nothing yet, or an empty folder: a path, or s3://")
-    _add_recipe(parser)
+    _add_recipe(parser, takes_several=True)
     _add_intake(parser)
     group = parser.add_argument_group("how the run works; none of it changes bytes")
     kept = "where finished shards are kept: a path, or s3:// (default: .shardmill beside DST)"
@@ -209,7 +228,31 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--verify", choices=("fast", "full"), default="fast", help="how finished shards are checked (default: fast)"
     )
     group.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
+    _add_documents(parser)
     _add_json(parser)
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("destination", metavar="DST", help="finished result")
+    _add_documents(parser)
+    parser.add_argument(
+        "--json", dest="json_file", metavar="FILE", help="write all figures as JSON, a row for every tensor"
+    )
+    parser.add_argument("--parquet", metavar="FILE", help="write a row for every tensor; needs the extra `parquet`")
+    against = "the source: its values give the histograms of the worst weights, its location the command"
+    parser.add_argument("--against", metavar="SRC", help=against)
+
+
+def _add_documents(parser: argparse.ArgumentParser) -> None:
+    """Files for people; a path, or s3://."""
+    group = parser.add_argument_group("what is written beside the result; a path, or s3://")
+    group.add_argument("--html", metavar="FILE", help="a page with pictures, in one file that needs no network")
+    group.add_argument(
+        "--card", metavar="FILE", help="a model card for the Hub; replaces no file but one that shardmill wrote"
+    )
+    group.add_argument(
+        "--base-model", metavar="ORG/NAME", default="", help="the source on the Hub (default: by SRC or config.json)"
+    )
 
 
 def _add_store(parser: argparse.ArgumentParser) -> None:
@@ -304,20 +347,3 @@ def _parse_yaml(data: bytes, path: Path) -> Any:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         summary = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise _invalid(f"not valid YAML: {summary}", file=str(path)) from error
-
-
-def quote(argument: str) -> str:
-    r"""Quote an argument for a POSIX shell; what cannot be printed is written as an escape that bash and zsh read.
-
-    >>> print(quote("out put"), quote("a\nb"))
-    'out put' $'a\nb'
-    """
-    if argument.isprintable():
-        return shlex.quote(argument)
-    body = json.dumps(argument)[1:-1].replace('\\"', '"').replace("'", "\\'")
-    return f"$'{body}'"
-
-
-def command_line(*arguments: str) -> str:
-    """A command as one line to copy."""
-    return " ".join(map(quote, arguments))

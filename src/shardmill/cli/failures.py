@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from shardmill.cli.arguments import command_line
+from shardmill.core.shell import command_line
 from shardmill.core.summary import problem_document
 from shardmill.errors import Interrupted, Problem, Refused, ShardFailures, ShardmillError
 

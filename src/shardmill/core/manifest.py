@@ -68,6 +68,15 @@ class Manifest:
     warnings: tuple[Problem, ...]
     totals: Totals
     shards: tuple[ManifestShard, ...]
+    sources: tuple[tuple[str, Digest], ...] = ()
+    """Digests of the source shards that were read."""
+    versions: tuple[tuple[str, str], ...] = ()
+    """Of what wrote it."""
+
+    @property
+    def source_digests(self) -> dict[str, str]:
+        """Digests of the source shards as job keys are made of them."""
+        return {name: str(digest) for name, digest in self.sources}
 
 
 def parse_manifest(document: Any) -> Manifest:
@@ -88,10 +97,12 @@ def parse_manifest(document: Any) -> Manifest:
         return Manifest(
             plan=_text(document["plan"]),
             recipe=parse_recipe(document["recipe"]),
-            files=tuple((_file_name(name), Digest.parse(_text(value))) for name, value in document["files"].items()),
+            files=_digests(document["files"]),
             warnings=_each(document["warnings"], _warning),
             totals=Totals(**{field.name: _count(document["totals"][field.name]) for field in fields(Totals)}),
             shards=_each(document["shards"], _shard),
+            sources=_digests(document["sources"]),
+            versions=tuple((_text(name), _text(value)) for name, value in document["versions"].items()),
         )
     except Refused as error:
         raise CheckpointInvalid(
@@ -113,6 +124,10 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"expected a string, found {type(value).__name__}")
     return value
+
+
+def _digests(raw: Any) -> tuple[tuple[str, Digest], ...]:
+    return tuple((_file_name(name), Digest.parse(_text(value))) for name, value in raw.items())
 
 
 def _file_name(value: Any) -> str:

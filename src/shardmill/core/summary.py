@@ -85,7 +85,6 @@ def summarize(manifest: Mapping[str, Any]) -> Summary:
 def summarize_manifest(manifest: Manifest) -> Summary:
     """Summarize a result from its parsed manifest."""
     weights = [(shard.name, weight) for shard in manifest.shards for weight in shard.weights]
-    by_error = sorted((weight for _, weight in weights), key=lambda weight: (-_error_key(weight), weight.module))
     return Summary(
         totals=manifest.totals,
         shards=len(manifest.shards),
@@ -94,7 +93,7 @@ def summarize_manifest(manifest: Manifest) -> Summary:
             for shard in manifest.shards
             for tensor in shard.tensors
         ),
-        worst=tuple(by_error[:WORST_SHOWN]),
+        worst=tuple(by_error(weight for _, weight in weights)[:WORST_SHOWN]),
         warnings=tuple(dict.fromkeys((*manifest.warnings, *check_statistics(weights, manifest.recipe)))),
     )
 
@@ -133,6 +132,11 @@ def _decisions(tensors: Iterable[tuple[tuple[str, str, str], str]]) -> tuple[Dec
         for (action, reason, scheme), group in names.items()
     ]
     return tuple(sorted(found, key=lambda d: (d.action == COPY, -d.count, d.action, d.reason, d.scheme)))
+
+
+def by_error(weights: Iterable[WeightRecord]) -> list[WeightRecord]:
+    """Sort weights, the largest relative error first; one that is not a number is the largest."""
+    return sorted(weights, key=lambda weight: (-_error_key(weight), weight.module))
 
 
 def _error_key(weight: WeightRecord) -> float:

@@ -6,7 +6,8 @@ quantized.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import torch
@@ -69,3 +70,17 @@ def compare(weight: Tensor, restored: Tensor) -> Statistics:
         squared_error=float(sum_of_squares(exact - restored.to(torch.float32))),
         squared_weight=float(sum_of_squares(exact)),
     )
+
+
+def histogram(values: Tensor, reach: float, counts: Sequence[int]) -> list[int]:
+    """Add values to the counts of equally wide bins from `-reach` to `reach`; what lies beyond counts as at the end.
+
+    >>> histogram(torch.tensor([-1.0, 0.0, 0.1, 5.0]), 1.0, [0, 0, 0])
+    [1, 2, 1]
+    """
+    if not 0 < reach < math.inf:
+        middle = len(counts) // 2
+        return [count + (values.numel() if number == middle else 0) for number, count in enumerate(counts)]
+    inside = values.to(torch.float32).clamp(-reach, reach)
+    found = torch.histc(inside, bins=len(counts), min=-reach, max=reach)
+    return [count + int(more) for count, more in zip(counts, found.tolist(), strict=True)]

@@ -34,7 +34,10 @@ WriteChunk = Callable[[memoryview], None]
 ReadRange = Callable[[str, int, memoryview], None]
 """Fills the view with bytes of the named shard, from an offset counted from the start of its file."""
 Announce = Callable[[Sequence[tuple[int, int]]], bool]
-"""Hears of ranges of the shard's own file, begin and end, that are read twice from now on; False to be asked later."""
+"""Hears of ranges of the shard's own file, begin and end, that are read twice from now on; False to be asked later.
+
+Without ranges it is asked whether to read on just now.
+"""
 NewScratch = Callable[[], IO[bytes]]
 """Makes a nameless file for what does not fit into memory."""
 OnNonFinite = Callable[[NonFinite], None]
@@ -280,10 +283,10 @@ class _Encoding:
     changed: threading.Condition = field(default_factory=threading.Condition)
 
     def is_ready(self) -> bool:
-        """Whether there is no need to wait for room that other shards hold."""
+        """Whether there is no need to wait: for room that other shards hold, or for who reads the same shard."""
         if self.put_off is not None and (self.is_over or self.should_stop() or self._announce(self.put_off)):
             self.put_off = None
-        return self.put_off is None
+        return self.put_off is None and (self.announce(()) or self.is_over or self.should_stop())
 
     def _announce(self, twice: Twice) -> bool:
         return self.announce([(span.begin, span.begin + span.length) for span in twice.spans])

@@ -13,10 +13,10 @@ from typing import IO, Any, Final, cast
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.logging.handlers import APILogHandler, PrefectConsoleHandler
 
+from shardmill.core.markdown import plain
 from shardmill.core.outcome import ShardOutcome
 from shardmill.core.plan import ShardPlan
 from shardmill.core.summary import human_bytes
-from shardmill.orchestration.names import plain
 from shardmill.orchestration.progress import speed
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from shardmill.errors import NAME_LIMIT
+from shardmill.core.markdown import plain
 
 
 def shard_run_name(parameters: dict[str, Any]) -> str:
@@ -14,23 +14,3 @@ def shard_run_name(parameters: dict[str, Any]) -> str:
     """
     label = parameters["job"].label
     return f"quantize {plain(parameters['shard'].name)}{f' of {label}' if label else ''}"
-
-
-def plain(text: str, limit: int = NAME_LIMIT) -> str:
-    r"""Foreign text for a name or a table cell: control characters escaped, cut at `limit` characters.
-
-    >>> plain("model\n-1.safetensors")
-    'model\\n-1.safetensors'
-    """
-    safe = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: limit + 1])
-    return safe if len(safe) <= limit else f"{safe[: limit - 1]}…"
-
-
-def code(text: str, limit: int = NAME_LIMIT) -> str:
-    r"""Foreign text for markdown: in code, where nothing is a link, an image, HTML or the end of a table cell.
-
-    >>> code("a|b`<b>\n"), code("")
-    ("`a¦b'<b>\\n`", '')
-    """
-    safe = plain(text, limit).replace("`", "'").replace("|", "¦")
-    return f"`{safe}`" if safe else ""

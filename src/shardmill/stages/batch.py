@@ -21,7 +21,7 @@ from shardmill.core.recipe import Recipe
 from shardmill.core.summary import Summary, summarize_manifest
 from shardmill.errors import FileTooLarge, ObjectMissing, Refused, refuse, show
 from shardmill.stages.plan import Locations
-from shardmill.stages.result import read_manifest_of
+from shardmill.stages.result import INTAKE, read_manifest
 from shardmill.storage.folder import FileIdentity
 from shardmill.storage.location import open_folder, open_location, parse_location
 from shardmill.storage.scan import find_checkpoints
@@ -137,4 +137,4 @@ def read_summary(destination: str) -> Summary:
         CheckpointInvalid: there is none.
         StorageFailed: it cannot be read.
     """
-    return summarize_manifest(read_manifest_of(destination))
+    return summarize_manifest(read_manifest(open_source(destination, INTAKE)))

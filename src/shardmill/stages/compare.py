@@ -17,6 +17,7 @@ from shardmill.core.layout import WORD_BITS, Unit, rows_per_block
 from shardmill.core.plan import Plan, ShardPlan
 from shardmill.core.planner import build_plan
 from shardmill.core.recipe import Group, Recipe
+from shardmill.core.report import Histograms
 from shardmill.core.scheme import Scheme, preset
 from shardmill.core.statistics import Statistics
 from shardmill.core.written import Located, WrittenGroup, check_modules, code_shape, unsafe_names
@@ -79,7 +80,7 @@ def verify_against(
     if result.checkpoint.problems or result.config.problems:
         return (), sorted({*result.checkpoint.problems, *result.config.problems})
     origin = open_source(source, INTAKE)
-    plan = _plan_of(result, origin)
+    plan = plan_of(result, origin)
     told.on_total(plan.source_bytes)
     with ExitStack() as stack:
         stored = stored_shapes(result, Readers(result.folder, stack))
@@ -91,7 +92,7 @@ def verify_against(
     def compare(shard: ShardPlan) -> tuple[list[Comparison], list[Problem]]:
         with ExitStack() as stack:
             written, source = Readers(result.folder, stack), Readers(origin, stack)
-            comparer = _Comparer(
+            comparer = Comparer(
                 shard=shard, result=result, shapes=shapes, written=written, source=source, stated=stated
             )
             rows = comparer.compare()
@@ -116,8 +117,12 @@ def _in_parallel(
         yield from pool.map(compare, shards)
 
 
-def _plan_of(result: Result, origin: SourceFolder) -> Plan:
-    """Plan what was done: quantize what is quantized in the result, copy the rest."""
+def plan_of(result: Result, origin: SourceFolder) -> Plan:
+    """Plan what was done: quantize what is quantized in the result, copy the rest.
+
+    Raises:
+        Refused: the source is no sound unquantized checkpoint.
+    """
     checkpoint = read_checkpoint(origin)
     plan = build_plan(checkpoint, _recipe_of(result))
     refused = {*checkpoint.problems, *(p for p in plan.problems if p.kind not in _EXPECTED_KINDS | _EXPERT_KINDS)}
@@ -182,7 +187,7 @@ def _is_matrix_or_copied(scheme: int, shape: tuple[int, ...]) -> bool:
 
 
 @dataclass(slots=True, kw_only=True)
-class _Comparer:
+class Comparer:
     """The state of comparing one shard."""
 
     shard: ShardPlan
@@ -274,17 +279,40 @@ class _Comparer:
             self._report(unit, unit.module, "shape-differs", message)
             return None
         found = Statistics()
-        step = rows_per_block(unit, scheme.weights, BLOCK_BYTES)
-        for first in range(0, unit.rows, step):
-            count = min(step, unit.rows - first)
-            restored = self._restored(unit, group, first, count)
-            found = found.merge(compare(self._rows(unit, first, count), restored))
+        for weight, restored in self._blocks(unit, scheme, group):
+            found = found.merge(compare(weight, restored))
         label, stated = self.stated.get(unit.module, (group.scheme.label, None))
         typical = typical_error(scheme.weights)
         row = Comparison(module=unit.module, scheme=label, statistics=found, typical=typical, stated=stated)
         for kind, message in _defects(row):
             self._report(unit, unit.module, kind, message)
         return row
+
+    def _blocks(self, unit: Unit, scheme: Scheme, group: WrittenGroup) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows of the source, and the same as the result gives them back."""
+        step = rows_per_block(unit, scheme.weights, BLOCK_BYTES)
+        for first in range(0, unit.rows, step):
+            count = min(step, unit.rows - first)
+            yield self._rows(unit, first, count), self._restored(unit, group, first, count)
+
+    def histograms(self, unit: Unit, known: Statistics, bins: int) -> Histograms:
+        """Count the values of a quantized weight, and its errors, in bins of equal width.
+
+        Args:
+            known: where the extent of the weight and its largest error stand.
+        """
+        from shardmill.kernels.compare import histogram  # torch takes seconds to import
+
+        group = self.result.config.group_of(unit.module)
+        if group is None or unit.scheme is None:
+            raise AssertionError(f"{unit.module} was planned by a group and has none")
+        weights, errors = [0] * bins, [0] * bins
+        for weight, restored in self._blocks(unit, unit.scheme, group):
+            weights = histogram(weight, known.amax, weights)
+            errors = histogram(weight.float() - restored.float(), known.max_error, errors)
+        return Histograms(
+            weight=tuple(weights), error=tuple(errors), weight_reach=known.amax, error_reach=known.max_error
+        )
 
     def _restored(self, unit: Unit, group: WrittenGroup, first: int, count: int) -> Tensor:
         """Some rows of a weight as compressed-tensors gives them back."""

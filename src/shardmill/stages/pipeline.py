@@ -19,6 +19,7 @@ from shardmill.stages.nonfinite import find_kept
 from shardmill.stages.plan import Locations, make_plan
 from shardmill.stages.quantize import Controls, failed_checks, find_stored, quantize_shard
 from shardmill.stages.validate import pin_readable, refuse_problems, validate_locations, validate_plan
+from shardmill.storage.shared import Companion
 from shardmill.storage.source import SourceFolder
 from shardmill.storage.store import FAST, Store
 
@@ -72,17 +73,57 @@ def run(
         ShardFailures: some shards failed; all others are in the store.
         Interrupted: `stop` was set; finished shards are in the store.
     """
+    prepared = prepare(locations, recipe, options)
+    return execute(prepared, options, watcher or Watcher(), stop or threading.Event())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A run that may begin: nothing stands against it."""
+
+    plan: Plan
+    source: SourceFolder
+    store: Store
+    locations: Locations
+    """With the commit of a Hub source in place of its branch."""
+    started: float
+    """On the monotonic clock."""
+
+
+def prepare(locations: Locations, recipe: Recipe, options: RunOptions) -> Prepared:
+    """Plan and validate; writes nothing.
+
+    Raises:
+        Refused: the input or the request; every problem is in it.
+    """
     started = time.monotonic()
-    watch = watcher or Watcher()
-    stopping = stop or threading.Event()
     store = locations.open_store(options.verify)
     locations = pin_readable(locations, store)
     source = locations.open_source()
     plan = make_plan(source, recipe)
     refuse_problems([*validate_plan(plan), *validate_locations(plan, locations, store)])
+    return Prepared(plan=plan, source=source, store=store, locations=locations, started=started)
+
+
+def execute(
+    prepared: Prepared, options: RunOptions, watch: Watcher, stopping: threading.Event,
+    companion: Companion | None = None,
+) -> RunResult:  # fmt: skip
+    """Do what was prepared.
+
+    Args:
+        companion: of a run that shares its reads of the source with others.
+
+    Raises:
+        Refused: weights that hold NaN or Inf were to be found, and what follows from them is refused.
+        ShardFailures: some shards failed; all others are in the store.
+        Interrupted: `stopping` was set; finished shards are in the store.
+    """
+    plan, source, store = prepared.plan, prepared.source, prepared.store
+    locations, started = prepared.locations, prepared.started
     store.prepare()
-    if recipe.allow_nonfinite:
-        plan = make_plan(source, recipe, find_kept(plan, source, store, stopping.is_set))
+    if plan.recipe.allow_nonfinite:
+        plan = make_plan(source, plan.recipe, find_kept(plan, source, store, stopping.is_set))
         refuse_problems([*validate_plan(plan), *validate_locations(plan, locations, store)])
     watch.on_plan(plan)
     destination = locations.open_destination()
@@ -91,7 +132,7 @@ def run(
     claim = claim_of(plan, source)
     with destination.claimed(claim):
         for left in reversed(range(ROUNDS)):
-            outcomes = quantize_all(plan, source, store, options, watch, stopping)
+            outcomes = quantize_all(plan, source, store, options, watch, stopping, companion)
             try:
                 manifest = finalize(plan, outcomes, locations, store, claim)
                 break
@@ -116,8 +157,9 @@ def _finished(plan: Plan, locations: Locations, store: Store, watch: Watcher, st
 
 
 def quantize_all(
-    plan: Plan, source: SourceFolder, store: Store, options: RunOptions, watch: Watcher, stop: threading.Event
-) -> tuple[ShardOutcome, ...]:
+    plan: Plan, source: SourceFolder, store: Store, options: RunOptions, watch: Watcher, stop: threading.Event,
+    companion: Companion | None = None,
+) -> tuple[ShardOutcome, ...]:  # fmt: skip
     """Quantize every shard that the store does not have; hits are told without starting a worker."""
     found: dict[str, ShardOutcome] = {}
     misses: list[ShardPlan] = []
@@ -130,7 +172,12 @@ def quantize_all(
             found[shard.name] = outcome
             watch.on_bytes(shard.size)
             watch.on_shard(outcome)
-    failures = _quantize_misses(misses, source, store, options, watch, stop, found) if misses else []
+            if companion is not None:
+                companion.pass_over(shard.name)
+    work = _worker(source, store, companion)
+    failures = (
+        _quantize_misses(misses, work, options, watch, stop, found, is_shared=companion is not None) if misses else []
+    )
     if stop.is_set():
         raise Interrupted(
             f"stopped on request; {len(found)} of {len(plan.shards)} shards are finished, run again to go on"
@@ -140,18 +187,32 @@ def quantize_all(
     return tuple(found[shard.name] for shard in plan.shards)
 
 
+def _worker(
+    source: SourceFolder, store: Store, companion: Companion | None
+) -> Callable[[ShardPlan, Controls], ShardOutcome]:
+    """What works on one shard."""
+
+    def work(shard: ShardPlan, controls: Controls) -> ShardOutcome:
+        if companion is None:
+            return quantize_shard(shard, source, store, controls)
+        with companion.taking(shard.name) as shared:
+            return quantize_shard(shard, shared, store, controls)
+
+    return work
+
+
 def _quantize_misses(
-    misses: Sequence[ShardPlan], source: SourceFolder, store: Store, options: RunOptions, watch: Watcher,
-    stop: threading.Event, found: dict[str, ShardOutcome],
+    misses: Sequence[ShardPlan], work: Callable[[ShardPlan, Controls], ShardOutcome], options: RunOptions,
+    watch: Watcher, stop: threading.Event, found: dict[str, ShardOutcome], *, is_shared: bool,
 ) -> list[tuple[str, BaseException]]:  # fmt: skip
     devices = resolve_devices(options.device, options.workers)
     controls = Controls(DevicePool(devices), stop.is_set, watch.on_bytes)
     failures: list[tuple[str, BaseException]] = []
-    # one more than devices: while a finished shard waits for its disk, the next is computed
-    with ThreadPoolExecutor(len(devices) + 1, thread_name_prefix="shard") as pool:
-        pending: dict[Future[ShardOutcome], str] = {
-            pool.submit(quantize_shard, shard, source, store, controls): shard.name for shard in misses
-        }
+    # one more than devices: while a finished shard waits for its disk, the next is computed; runs that share a source
+    # take shards strictly in order, so that no two wait for each other
+    threads = len(devices) + (0 if is_shared else 1)
+    with ThreadPoolExecutor(threads, thread_name_prefix="shard") as pool:
+        pending: dict[Future[ShardOutcome], str] = {pool.submit(work, shard, controls): shard.name for shard in misses}
         try:
             while pending:
                 done, _ = wait(pending, return_when=FIRST_COMPLETED)

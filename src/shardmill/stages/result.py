@@ -85,19 +85,17 @@ def _read_manifest(folder: SourceFolder) -> tuple[Manifest | None, tuple[Problem
     if MANIFEST_NAME not in folder.names():
         return None, ()
     try:
-        data = folder.read_text(MANIFEST_NAME, _MANIFEST_LIMIT)
-        return parse_manifest(parse_json(data, file=MANIFEST_NAME, kind="manifest-invalid", limits=RESULT)), ()
+        return read_manifest(folder), ()
     except CheckpointInvalid as error:
         return None, error.problems
 
 
-def read_manifest_of(destination: str) -> Manifest:
+def read_manifest(folder: SourceFolder) -> Manifest:
     """Read the manifest of a finished result.
 
     Raises:
-        CheckpointInvalid: there is no such folder, or no manifest in it that can be read.
+        CheckpointInvalid: there is none that can be read.
     """
-    folder = open_source(destination, INTAKE)
     data = folder.read_text(MANIFEST_NAME, _MANIFEST_LIMIT)
     return parse_manifest(parse_json(data, file=MANIFEST_NAME, kind="manifest-invalid", limits=RESULT))
 

@@ -92,7 +92,8 @@ class Reader(Protocol):
     def announce(self, ranges: Sequence[tuple[int, int]]) -> bool:
         """Tell of ranges, begin and end, that are about to be read twice: all of them in order, then all again.
 
-        False where it is better to come back later, because memory to keep them will be free then.
+        False where it is better to come back later, because memory to keep them will be free then. Without ranges it
+        tells whether to read on just now, or to come back later for the sake of others that read the same file.
         """
 
 

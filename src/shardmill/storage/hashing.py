@@ -125,6 +125,23 @@ def hash_file(folder: Folder, name: str, stop: Callable[[], bool] = bool) -> tup
     return hashes.result(), reader.identity
 
 
+def digest_file(folder: Folder, name: str, algorithm: str) -> Digest:
+    """Digest of a file by an algorithm of the caller's choice, `blake3` or `sha256`; reads it once.
+
+    Raises:
+        SourceChanged: it changed meanwhile.
+    """
+    hashed: Any = {"blake3": blake3, "sha256": hashlib.sha256}[algorithm]()
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    with folder.open(name) as reader:
+        size = reader.identity.size
+        for begin in range(0, size, _CHUNK_BYTES):
+            view = buffer[: min(_CHUNK_BYTES, size - begin)]
+            reader.read_into(begin, view)
+            hashed.update(view)
+    return Digest(algorithm, hashed.hexdigest())
+
+
 def hash_edges(folder: Folder, name: str) -> tuple[Digest, Digest]:
     """Digests of the first and last block of a file."""
     buffer = memoryview(bytearray(_CHUNK_BYTES))

@@ -1,0 +1,53 @@
+"""`shardmill plan`: what would be done to every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from statistics import median
+
+from shardmill.cli.arguments import Options, read_intake, read_recipe
+from shardmill.cli.console import Console, print_document, print_result
+from shardmill.cli.failures import DONE, REFUSED, count, problem_lines
+from shardmill.core.plan import Plan
+from shardmill.core.summary import WORST_SHOWN, human_bytes, plan_document, render, summarize_plan
+from shardmill.errors import Problem, show
+
+
+def plan(options: Options, console: Console) -> int:
+    """Show what would be done to every tensor."""
+    from shardmill.stages.plan import collection_paused, make_plan
+    from shardmill.stages.validate import validate_plan
+    from shardmill.storage.source import open_source
+
+    with collection_paused():
+        found = make_plan(open_source(options.source, read_intake(options)), read_recipe(options))
+        problems = validate_plan(found)
+        return show_plan(found, problems, options, console)
+
+
+def show_plan(found: Plan, problems: Sequence[Problem], options: Options, console: Console) -> int:
+    """Print a plan, or why it is refused; returns the exit code."""
+    if options.json:
+        status = "refused" if problems else "done"
+        print_document({"command": options.command, "status": status, **plan_document(found, problems)})
+    elif not problems:
+        summary = summarize_plan(found)
+        print_result("\n".join([render(summary), "", *_job_lines(found, summary.totals.output_bytes)]))
+    if problems:
+        console.error(f"refused: {count(len(problems), 'problem')}")
+        for line in problem_lines(problems):
+            console.error(line)
+    return REFUSED if problems else DONE
+
+
+def _job_lines(found: Plan, need: int) -> Iterator[str]:
+    """What a run would consist of, and the room that it needs."""
+    sizes = [shard.size for shard in found.shards]
+    each = f"{human_bytes(min(sizes))} to {human_bytes(max(sizes))} each, median {human_bytes(median(sizes))}"
+    yield f"jobs  {count(len(sizes), 'shard')}, {each}"
+    partners = sum(len(shard.sources) > 1 for shard in found.shards)
+    if partners:
+        yield f"      {partners} also read members of fused sets in other shards, for a shared global scale"
+    yield f"disk  {need:,} bytes ({human_bytes(need)}) on the file system of DST; a store elsewhere needs as much again"
+    other = ", ".join(show(name) for name, _ in found.left_out[:WORST_SHOWN])
+    yield f"files {count(len(found.files), 'other file')} copied" + (f"; left out: {other}" if other else "")
