@@ -11,15 +11,15 @@ from shardmill.core.digest import digest_json
 from shardmill.core.experts import parse_stack
 from shardmill.core.findings import check_statistics
 from shardmill.core.foreign import AUTO_MAP, without
+from shardmill.core.groups import Groups, Part, write_groups, write_section
 from shardmill.core.index import encode_index
 from shardmill.core.matching import split_name
 from shardmill.core.plan import SPLIT, Plan, ShardSizes
 from shardmill.core.pretty import pretty
 from shardmill.core.receipt import Receipt
 from shardmill.core.recipe import recipe_to_json
-from shardmill.core.scheme import scheme_to_json
+from shardmill.core.scheme import Scheme, scheme_to_json
 from shardmill.core.statistics import Statistics
-from shardmill.core.targets import disjoint_targets
 from shardmill.errors import NON_FINITE, Problem, ShardmillError
 
 CONFIG_NAME: Final = "config.json"
@@ -27,55 +27,31 @@ MANIFEST_NAME: Final = "shardmill.json"
 PARAMS_NAME: Final = "params.json"
 PARAMS_KEY: Final = "quantization"
 MANIFEST_SCHEMA: Final = 1
-LAYOUT_VERSION: Final = "0.19.0"
-"""compressed-tensors release whose on-disk layout is written."""
 _STALE: Final = ("quantization_config", "compression_config")
 _KV_CACHE: Final = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 
 
 def quantization_config(plan: Plan) -> dict[str, Any]:
-    """Describe the result to loaders.
-
-    One scheme: `Linear` with a complete ignore list, the only form that all readers resolve alike. Several: disjoint
-    expressions that name every quantized module, since readers disagree on who wins when two groups match.
-    """
-    groups = {}
-    formats = []
-    targets = _group_targets(plan)
-    keys = group_keys(len(plan.recipe.groups))
-    for number, group in enumerate(plan.recipe.groups):
-        if not targets[number]:
-            continue
-        scheme = scheme_to_json(group.scheme)
-        scheme.pop("preset", None)
-        formats.append(group.scheme.format)
-        groups[keys[number]] = {
-            "targets": targets[number],
-            **scheme,
-            "output_activations": None,
-            "format": group.scheme.format,
-        }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": formats[0] if len(set(formats)) == 1 else "mixed-precision",
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": list(plan.ignore),
-        "kv_cache_scheme": dict(_KV_CACHE) if plan.recipe.kv_cache else None,
-        "global_compression_ratio": None,
-        "transform_config": {},
-        "version": LAYOUT_VERSION,
-    }
+    """Describe the result to loaders; see `groups`."""
+    return write_section(planned_groups(plan), plan.ignore, _KV_CACHE if plan.recipe.kv_cache else None)
 
 
-def group_keys(count: int) -> list[str]:
-    """Names whose alphabetical order is that of priority, since writers sort them.
+def planned_groups(plan: Plan) -> Groups:
+    """The groups of the written config, and that of every quantized module."""
+    members: list[list[str]] = [[] for _ in plan.recipe.groups]
+    for module, number in quantized_modules(plan).items():
+        members[number].append(module)
+    return write_groups(
+        Part(entry=scheme_entry(group.scheme), modules=tuple(modules))
+        for group, modules in zip(plan.recipe.groups, members, strict=True)
+    )
 
-    >>> group_keys(2), group_keys(200)[3]
-    (['group_00', 'group_01'], 'group_003')
-    """
-    width = max(2, len(str(count - 1)))
-    return [f"group_{number:0{width}d}" for number in range(count)]
+
+def scheme_entry(scheme: Scheme) -> dict[str, Any]:
+    """An entry of `config_groups` for a scheme, without targets."""
+    entry = scheme_to_json(scheme)
+    entry.pop("preset", None)
+    return {**entry, "output_activations": None, "format": scheme.format}
 
 
 def quantized_modules(plan: Plan) -> dict[str, int]:
@@ -91,13 +67,6 @@ def quantized_modules(plan: Plan) -> dict[str, int]:
             )
             found.update(dict.fromkeys(modules, scheme))
     return found
-
-
-def _group_targets(plan: Plan) -> list[list[str]]:
-    used = {tensor.scheme for shard in plan.shards for tensor in shard.tensors} - {-1}
-    if len(used) == 1:
-        return [["Linear"] if number in used else [] for number in range(len(plan.recipe.groups))]
-    return disjoint_targets(quantized_modules(plan), len(plan.recipe.groups))
 
 
 def config_document(plan: Plan) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class FusedTable:
     def build(
         cls, added: Iterable[tuple[str, ...]] = (), dropped: Iterable[tuple[str, ...]] = (), rows: Sequence[Row] = ROWS
     ) -> FusedTable:
-        """The table with rows added and dropped, as a recipe asks for; a row is dropped with all leaves that are named together."""
+        """The table with rows added, and without those that hold all leaves of an entry of `dropped`."""
         gone = [frozenset(leaves) for leaves in dropped]
         left = (row for row in rows if not any(leaves <= frozenset(row.leaves) for leaves in gone))
         kept = (*left, *(Row(tuple(leaves)) for leaves in added))

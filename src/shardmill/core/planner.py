@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Final, NamedTuple
 
 from shardmill.core.architectures import past_last_layer, runtime_heads, transposed_leaves
-from shardmill.core.assemble import group_keys, quantization_config, quantized_modules, with_quantization
+from shardmill.core.assemble import planned_groups, quantization_config, with_quantization
 from shardmill.core.dtypes import CODES, COMPUTABLE
 from shardmill.core.experts import Sizes, Stack, choose_layout, parse_stack, read_sizes
 from shardmill.core.findings import check_copies, check_partners
@@ -360,8 +360,7 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe, kept: Kept | None = None)
 
 def _check_config_resolves(plan: Plan, dense: Iterable[str]) -> list[Problem]:
     """Whether all readers find what was planned in the config that will be written."""
-    keys = group_keys(len(plan.recipe.groups))
-    quantized = {module: keys[group] for module, group in quantized_modules(plan).items()}
+    quantized = planned_groups(plan).planned
     rest = [module for module in dense if module and module not in quantized]
     return check_resolution(
         quantization_config(plan),
