@@ -58,6 +58,8 @@ class Options:
     verify: str = "fast"
     dry_run: bool = False
     against: str | None = None
+    tp: int = 1
+    """Ranks that an engine is to share every layer among."""
     html: str | None = None
     older_than: float = 24.0
     """Hours."""
@@ -109,11 +111,13 @@ def _build_parser() -> argparse.ArgumentParser:
     plan.add_argument("source", metavar="SRC", help=_SOURCE)
     _add_recipe(plan)
     _add_intake(plan)
+    _add_serving(plan)
     _add_json(plan)
     _add_run(verb("run", "quantize a checkpoint; run again to go on after a stop"))
     check = verb("verify", "read a finished result back and check everything in it")
     check.add_argument("destination", metavar="DST", help="finished result")
     check.add_argument("--against", metavar="SRC", help="compare every tensor with the source, too")
+    _add_serving(check)
     _add_json(check)
     report = verb("report", "show the summary of a finished result")
     report.add_argument("destination", metavar="DST", help="finished result")
@@ -136,6 +140,11 @@ def _common() -> argparse.ArgumentParser:
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+
+
+def _add_serving(parser: argparse.ArgumentParser) -> None:
+    summary = "warn of what an engine would refuse with this --tensor-parallel-size (default: 1)"
+    parser.add_argument("--tp", type=_positive, default=1, metavar="N", help=summary)
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:

@@ -19,6 +19,7 @@ from shardmill.cli.arguments import APART, Options, command_line, read_intake, r
 from shardmill.cli.console import Console, Progress, print_document, print_result
 from shardmill.cli.failures import DONE, FAILED, REFUSED, SCHEMA, count, problem_lines
 from shardmill.core.plan import Plan
+from shardmill.core.serving import check_plan_serving, rules_document
 from shardmill.core.summary import (
     PROXY,
     WORST_SHOWN,
@@ -32,6 +33,7 @@ from shardmill.core.summary import (
     summarize_plan,
     summary_document,
 )
+from shardmill.core.table import render_table, resolve_table
 from shardmill.errors import Problem, RecipeInvalid, Refused, refuse, show
 
 if TYPE_CHECKING:
@@ -55,17 +57,27 @@ def plan(options: Options, console: Console) -> int:
 
 
 def _show_plan(found: Plan, problems: Sequence[Problem], options: Options, console: Console) -> int:
+    serving = check_plan_serving(found, options.tp) if not problems else []
     if options.json:
         status = "refused" if problems else "done"
-        print_document({"command": options.command, "status": status, **plan_document(found, problems)})
+        document = plan_document(found, problems) | _serving_document(serving, options)
+        print_document({"command": options.command, "status": status, **document})
     elif not problems:
         summary = summarize_plan(found)
-        print_result("\n".join([render(summary), "", *_job_lines(found, summary.totals.output_bytes)]))
+        told = render(replace(summary, warnings=(*summary.warnings, *serving)))
+        lines = [*render_table(resolve_table(found)), "", told, "", *_job_lines(found, summary.totals.output_bytes)]
+        print_result("\n".join(lines))
     if problems:
         console.error(f"refused: {count(len(problems), 'problem')}")
         for line in problem_lines(problems):
             console.error(line)
     return REFUSED if problems else DONE
+
+
+def _serving_document(serving: Sequence[Problem], options: Options) -> dict[str, Any]:
+    """What may keep an engine from loading the result, and where it is written down."""
+    warnings = [problem_document(problem) for problem in serving]
+    return {"serving": {"tp": options.tp, "warnings": warnings, "rules": rules_document(serving)}}
 
 
 def _job_lines(found: Plan, need: int) -> Iterator[str]:
@@ -150,7 +162,7 @@ def _watcher(console: Console, stop: threading.Event) -> Watcher:
     acknowledged = threading.Event()
 
     def on_plan(found: Plan) -> None:
-        for line in render_warnings(found.warnings):
+        for line in render_warnings((*found.warnings, *check_plan_serving(found))):
             console.say(line)
         progress.append(console.progress("quantize", found.source_bytes, len(found.shards)))
 
@@ -213,7 +225,7 @@ def _peak_memory() -> int:
 
 def verify(options: Options, console: Console) -> int:
     """Check a finished result, and compare it with its source when asked to."""
-    from shardmill.stages.verify import VerifyWatch, verify_against
+    from shardmill.stages.verify import VerifyWatch, serving_warnings, verify_against
     from shardmill.stages.verify import verify as verify_result
 
     notes: list[str] = []
@@ -236,8 +248,12 @@ def verify(options: Options, console: Console) -> int:
     console.close_progress()
     for note in notes:
         console.say(f"NOTE {note}")
+    serving = serving_warnings(options.destination, options.tp)
+    for line in render_warnings(serving):
+        console.say(line)
     if options.json:
-        print_document(_verify_document(options, problems, notes, rows))
+        document = _verify_document(options, problems, notes, rows)
+        print_document(document | _serving_document(serving, options))
     else:
         print_result("\n".join(_verify_lines(options, problems, rows, read)))
     for line in problem_lines(problems):

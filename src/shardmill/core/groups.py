@@ -1,4 +1,4 @@
-"""The `config_groups` of a written config, from parts that are quantized alike: our own and those of a quantized source.
+"""The `config_groups` of a written config, from parts that are quantized alike: our own, and those of a source.
 
 One part gives the target `Linear`, the only form that all readers resolve alike; several give disjoint expressions that
 name every quantized module. Nothing of a source's patterns is taken over: expressions of strangers would run in
