@@ -139,7 +139,8 @@ def test_the_plan_document_is_a_stable_contract(source: Path, capsys: pytest.Cap
     assert (document["command"], document["status"], document["schema"]) == ("plan", "done", 1)
     assert set(document) == {
         "command", "status", "schema", "problems", "warnings", "totals", "bits_per_weight",
-        "quantized_bits_per_weight", "recipe", "ignore", "files", "files_not_copied", "shards", "architecture", "serving",
+        "quantized_bits_per_weight", "recipe", "ignore", "files", "files_not_copied", "shards",
+        "architecture", "serving",
     }  # fmt: skip
     assert set(document["shards"][0]) == {"name", "source_bytes", "output_bytes", "reads", "tensors"}
     assert set(document["shards"][0]["tensors"][0]) == {

@@ -31,9 +31,13 @@ _STALE: Final = ("quantization_config", "compression_config")
 _KV_CACHE: Final = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 
 
-def quantization_config(plan: Plan) -> dict[str, Any]:
-    """Describe the result to loaders; see `groups`."""
-    return write_section(planned_groups(plan), plan.ignore, _KV_CACHE if plan.recipe.kv_cache else None)
+def quantization_config(plan: Plan, groups: Groups | None = None) -> dict[str, Any]:
+    """Describe the result to loaders; see `groups`.
+
+    Args:
+        groups: those of the plan, where they are known already.
+    """
+    return write_section(groups or planned_groups(plan), plan.ignore, _KV_CACHE if plan.recipe.kv_cache else None)
 
 
 def planned_groups(plan: Plan) -> Groups:

@@ -360,11 +360,11 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe, kept: Kept | None = None)
 
 def _check_config_resolves(plan: Plan, dense: Iterable[str]) -> list[Problem]:
     """Whether all readers find what was planned in the config that will be written."""
-    quantized = planned_groups(plan).planned
-    rest = [module for module in dense if module and module not in quantized]
+    groups = planned_groups(plan)
+    rest = [module for module in dense if module and module not in groups.planned]
     return check_resolution(
-        quantization_config(plan),
-        quantized,
+        quantization_config(plan, groups),
+        groups.planned,
         rest,
         table=plan.recipe.fused_table,
         runs_merged=not plan.recipe.partial_fused,

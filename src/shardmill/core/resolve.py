@@ -12,7 +12,7 @@ first. A config is sound when every reader gives every quantized module its plan
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -60,13 +60,14 @@ class _Patterns:
     texts: tuple[str, ...]
     _literals: dict[str, int] = field(init=False)
     _regexes: list[tuple[int, BoundedPattern]] = field(init=False)
-    _is_stable: bool = field(init=False)
+    is_stable: bool = field(init=False)
+    """Whether no expression sees digits."""
     _known: dict[str, tuple[int, ...]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self._literals = {text: n for n, text in reversed(list(enumerate(self.texts))) if not text.startswith("re:")}
         self._regexes = [(n, regex) for n, text in enumerate(self.texts) if (regex := compile_pattern(text))]
-        self._is_stable = not any(sees_digits(self.texts[n]) for n, _ in self._regexes)
+        self.is_stable = not any(sees_digits(self.texts[n]) for n, _ in self._regexes)
 
     def literal(self, name: str) -> int | None:
         """Position of the literal that equals a name."""
@@ -76,7 +77,7 @@ class _Patterns:
         """Positions of the expressions that match a name."""
         if not self._regexes:
             return ()
-        key = templates([name])[0] if self._is_stable else name
+        key = templates([name])[0] if self.is_stable else name
         found = self._known.get(key)
         if found is None:
             found = self._known[key] = tuple([n for n, regex in self._regexes if regex.match(name)])
@@ -113,6 +114,15 @@ class Resolver:
         targets = tuple(Target(text, name) for name, entry in groups.items() for text in entry.get("targets") or ())
         entries = _Patterns(tuple(target.text for target in targets))
         return cls(targets, entries, _Patterns(tuple(section.get("ignore") or ())))
+
+    @property
+    def is_stable(self) -> bool:
+        """Whether no expression tells names apart that differ in digits only."""
+        return self._entries.is_stable and self._ignore.is_stable
+
+    def literals(self, name: str) -> tuple[int | None, bool]:
+        """Where a name stands among the targets, and whether it stands in the ignore list."""
+        return self._entries.literal(name), self._ignore.literal(name) is not None
 
     def _group(self, position: int | None) -> str | None:
         return None if position is None else self.targets[position].group
@@ -229,6 +239,41 @@ def runtime_layers(modules: Iterable[str], table: FusedTable = TABLE) -> Iterato
         yield Layer(asked, (), _EXPERT_CLASSES, tuple(members))
 
 
+def representatives(marks: Mapping[str, Hashable]) -> dict[str, int]:
+    """Modules that stand for all others, and how many each stands for: blocks that differ in digits only are alike.
+
+    Members of a block stay together, and so do the experts of a layer that differ from each other.
+
+    Args:
+        marks: by module, all that matters of it beside its name.
+
+    >>> representatives({"layers.0.q": 1, "layers.1.q": 1, "layers.2.q": 2})
+    {'layers.0.q': 2, 'layers.2.q': 1}
+    """
+    names = list(marks)
+    blocks: dict[str, list[str]] = defaultdict(list)
+    shape: dict[str, list[tuple[str, Hashable]]] = defaultdict(list)
+    for name, leaf in zip(names, templates([name.rpartition(".")[2] for name in names]), strict=True):
+        parent = name.rpartition(".")[0]
+        blocks[parent].append(name)
+        shape[parent].append((leaf, marks[name]))
+    layers: dict[str, list[str]] = defaultdict(list)
+    for parent in blocks:
+        head, found, number = parent.rpartition(_EXPERTS)
+        layers[head if found and number.isdecimal() else parent].append(parent)
+    kept: dict[Hashable, dict[Hashable, list[str]]] = {}
+    for head, template in zip(layers, templates(list(layers)), strict=True):
+        signatures = {parent: tuple(shape[parent]) for parent in layers[head]}
+        found_layer = kept.setdefault((template, frozenset(signatures.values())), {})
+        for parent, signature in signatures.items():
+            found_layer.setdefault(signature, []).append(parent)
+    counts: dict[str, int] = {}
+    for layer in kept.values():
+        for parents in layer.values():
+            counts |= dict.fromkeys(blocks[parents[0]], len(parents))
+    return counts
+
+
 def _merged(prefix: str, leaves: Sequence[str], table: FusedTable) -> Iterator[Layer]:
     rest = list(leaves)
     for group in fused_leaves(tuple(sorted(leaves)), table):
@@ -276,6 +321,10 @@ def check_resolution(
     read = Resolver.read(section)
     expected: dict[str, str | None] = dict.fromkeys(dense)
     expected |= quantized
+    if read.is_stable:
+        marks = {module: (group, read.literals(module)) for module, group in expected.items()}
+        expected = {module: expected[module] for module in representatives(marks)}
+        quantized = {module: group for module, group in quantized.items() if module in expected}
     wrong: dict[str, list[tuple[str, str]]] = {}
     for module, group in expected.items():
         for reader, found in (("first match", read.first_match(module)), ("compressed-tensors", read.library(module))):

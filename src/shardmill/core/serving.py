@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 from shardmill.core.architectures import past_last_layer
 from shardmill.core.fused import TABLE, FusedTable
 from shardmill.core.plan import SPLIT, Plan
-from shardmill.core.resolve import Layer, runtime_layers
+from shardmill.core.resolve import Layer, representatives, runtime_layers
 from shardmill.core.roles import MTP, role_of
 from shardmill.core.scheme import Scheme
 from shardmill.errors import Problem, show
@@ -216,18 +216,21 @@ def check_serving(modules: Iterable[Served], setting: Setting, table: FusedTable
     >>> [problem.kind for problem in check_serving(qkv, Setting())]
     ['serving-block-merged-rows']
     """
-    by_name = {served.module: served for served in modules}
+    every = {served.module: served for served in modules}
+    counts = representatives({name: (*served[1:], _is_past_last(name, setting)) for name, served in every.items()})
+    by_name = {name: every[name] for name in counts}
     layers = list(runtime_layers(by_name, table))
     found: dict[str, list[Finding]] = defaultdict(list)
     for check in _CHECKS:
         for finding in check(by_name, layers, setting):
             found[finding.rule].append(finding)
-    return [_warning(RULES[rule], findings) for rule, findings in sorted(found.items())]
+    return [_warning(RULES[rule], findings, counts) for rule, findings in sorted(found.items())]
 
 
-def _warning(rule: Rule, findings: Sequence[Finding]) -> Problem:
+def _warning(rule: Rule, findings: Sequence[Finding], counts: Mapping[str, int]) -> Problem:
     first = findings[0]
-    more = f"; so it is {len(findings) - 1} times more" if len(findings) > 1 else ""
+    others = sum(counts[finding.module] for finding in findings) - 1
+    more = f"; so it is {others} times more" if others else ""
     return Problem(
         tensor=first.module, kind=f"serving-{rule.name}", message=f"{first.message}{more} (rule: {rule.says})"
     )
@@ -250,7 +253,7 @@ def _one_scheme(modules: _Modules, layers: Sequence[Layer], _setting: Setting) -
         if len(schemes) > 1:
             labels = ", ".join(sorted(scheme.label if scheme else "dense" for scheme in schemes))
             rule = "experts-one-scheme" if _is_experts(layer) else "merged-one-scheme"
-            yield Finding(rule, layer.members[0], f"{len(layer.members)} modules become one layer and are {labels}")
+            yield Finding(rule, layer.members[0], f"modules become one layer and are {labels}")
 
 
 def _experts(modules: _Modules, layers: Sequence[Layer], setting: Setting) -> Iterator[Finding]:
