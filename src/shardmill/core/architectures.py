@@ -25,6 +25,8 @@ class Architecture:
     """Heads beside `lm_head` that exist at run time although no tensor may."""
     transposed: frozenset[str] = frozenset()
     """Leaves whose weight is stored `[in, out]`."""
+    renamed: tuple[tuple[str, str], ...] = ()
+    """`(in the checkpoint, in memory)`: ends of names that a loader changes, of modules that stay dense."""
     notes: tuple[str, ...] = ()
     """What is unusual, for people."""
 
@@ -100,6 +102,7 @@ ARCHITECTURES: Final[tuple[Architecture, ...]] = (
         family="mixture of experts, w1, w2 and w3",
         model_types=_words("mixtral phimoe minimax minimax_m2 jamba dbrx grok-1"),
         layouts=("rows",),
+        renamed=((".block_sparse_moe.gate", ".mlp.router"),),
         notes=("engines ask for the experts as gate_proj, down_proj and up_proj; both spellings are written",),
     ),
     Architecture(
@@ -208,6 +211,27 @@ def transposed_leaves(model_types: Iterable[str]) -> frozenset[str]:
     (['c_attn', 'c_fc'], [])
     """
     return frozenset(leaf for row in families(model_types) for leaf in row.transposed)
+
+
+def loaded_names(modules: Iterable[str], model_types: Iterable[str]) -> set[str]:
+    """Names that a loader gives dense modules of these architectures, beside those in the checkpoint.
+
+    >>> loaded_names(["model.layers.0.block_sparse_moe.gate"], ["phimoe"])
+    {'model.layers.0.mlp.router'}
+    """
+    ends = [pair for row in families(model_types) for pair in row.renamed]
+    return {module.removesuffix(there) + here for module in modules for there, here in ends if module.endswith(there)}
+
+
+def is_composite(config: Mapping[str, Any]) -> bool:
+    """Whether a model is made of several, such as a tower for images and a language model: loaders rename their parts.
+
+    >>> is_composite({"text_config": {"model_type": "llama"}}), is_composite({"rope_parameters": {}})
+    (True, False)
+    """
+    parts = [value for value in config.values() if isinstance(value, Mapping)]
+    named = [value for key, value in config.items() if key.endswith("_config") and isinstance(value, Mapping)]
+    return any("model_type" in part for part in parts) or any("hidden_size" in part for part in named)
 
 
 def past_last_layer(config: Mapping[str, Any]) -> frozenset[int]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
+from shardmill.core.architectures import is_composite
 from shardmill.core.digest import digest_json
 from shardmill.core.experts import parse_stack
 from shardmill.core.findings import check_statistics
@@ -18,8 +19,10 @@ from shardmill.core.plan import SPLIT, Plan, ShardSizes
 from shardmill.core.pretty import pretty
 from shardmill.core.receipt import Receipt
 from shardmill.core.recipe import recipe_to_json
+from shardmill.core.roles import TOWERS
 from shardmill.core.scheme import Scheme, scheme_to_json
 from shardmill.core.statistics import Statistics
+from shardmill.core.targets import dense_expressions
 from shardmill.errors import NON_FINITE, Problem, ShardmillError
 
 CONFIG_NAME: Final = "config.json"
@@ -37,7 +40,19 @@ def quantization_config(plan: Plan, groups: Groups | None = None) -> dict[str, A
     Args:
         groups: those of the plan, where they are known already.
     """
-    return write_section(groups or planned_groups(plan), plan.ignore, _KV_CACHE if plan.recipe.kv_cache else None)
+    found = groups or planned_groups(plan)
+    ignore = [*plan.ignore, *_renamed(plan, found)]
+    return write_section(found, ignore, _KV_CACHE if plan.recipe.kv_cache else None)
+
+
+def _renamed(plan: Plan, groups: Groups) -> list[str]:
+    """Expressions for what stays dense in models whose parts loaders rename; literal names would not be found."""
+    config = json.loads(plan.config_text or "{}")
+    if not (isinstance(config, Mapping) and is_composite(config)):
+        return []
+    numbers = {key: number for number, key in enumerate(groups.config_groups)}
+    quantized = {module: numbers[key] for module, key in groups.planned.items()}
+    return dense_expressions(plan.ignore, quantized, TOWERS)
 
 
 def planned_groups(plan: Plan) -> Groups:

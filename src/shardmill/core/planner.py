@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Final, NamedTuple
 
-from shardmill.core.architectures import past_last_layer, runtime_heads, transposed_leaves
+from shardmill.core.architectures import loaded_names, past_last_layer, runtime_heads, transposed_leaves
 from shardmill.core.assemble import planned_groups, quantization_config, with_quantization
 from shardmill.core.dtypes import CODES, COMPUTABLE
 from shardmill.core.experts import Sizes, Stack, choose_layout, parse_stack, read_sizes
@@ -336,6 +336,7 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe, kept: Kept | None = None)
         *_check_coverage(planner, shards, heads),
     ]
     problems += _check_config(checkpoint)
+    dense = {*planner.linear_modules, *heads, *loaded_names(planner.linear_modules, sizes.model_types)}
     cautions = [*check_copies(shards), *check_partners(_fusable(checkpoint, decided), planner.table)]
     found = kept.warnings if kept is not None else VALUES_UNKNOWN if recipe.allow_nonfinite else ()
     plan = Plan(
@@ -348,7 +349,7 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe, kept: Kept | None = None)
         left_out=checkpoint.left_out,
         rewritten=checkpoint.rewritten,
         allow_code=checkpoint.intake.allow_code,
-        ignore=_dense_modules(dense_spellings({*planner.linear_modules, *heads}), shards),
+        ignore=_dense_modules(dense_spellings(dense), shards),
         problems=tuple(sorted(set(problems))),
         warnings=tuple(sorted({*checkpoint.warnings, *planner.warnings, *_partial_blocks(shards), *cautions, *found})),
     )

@@ -80,6 +80,10 @@ ROLES: Final[tuple[Role, ...]] = (
 )
 
 
+TOWERS: Final = frozenset(word for role in ROLES for word in role.anywhere)
+"""Components below which everything has a role."""
+
+
 def has_digit_word(template: str) -> bool:
     """Tell whether names of a template may differ in role by a digit: the words of the table that have one.
 

@@ -142,3 +142,26 @@ def dense_spellings(modules: Iterable[str]) -> set[str]:
     found = set(modules)
     firsts = [module for module in found if ".experts.0." in module]
     return found.union(*(spellings_of(module) for module in firsts))
+
+
+def dense_expressions(dense: Iterable[str], quantized: Mapping[str, int], towers: Iterable[str]) -> list[str]:
+    r"""Expressions for dense modules that hold however a loader calls what stands in front of the layers.
+
+    Args:
+        quantized: number of the group by module; no expression matches any of them.
+        towers: components below which everything stays dense by default; one expression for each that does.
+
+    >>> dense_expressions(["visual.blocks.0.fc", "model.layers.0.gate"], {"model.layers.0.up": 0}, ["visual"])
+    ['re:.*(^|\\.)visual\\..*', 're:.*(^|\\.)layers\\.\\d+\\.gate$']
+    """
+    taken = {part for module in quantized for part in module.split(".")}
+    whole = frozenset(towers) - taken
+    found: dict[str, None] = {}
+    rest: dict[str, int] = {}
+    last = max(quantized.values(), default=-1) + 1
+    for module in dense:
+        if tower := next((part for part in module.split(".")[:-1] if part in whole), None):
+            found[rf"re:.*(^|\.){re.escape(tower)}\..*"] = None
+        elif "." in module:
+            rest[module] = last
+    return [*found, *disjoint_targets({**quantized, **rest}, last + 1)[last]]
