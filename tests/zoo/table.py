@@ -30,7 +30,7 @@ Written by `tests/zoo/table.py`; `make test-all` runs the same checks. Each cell
 - The live model's head is in `ignore`, whether a tensor of it is on disk or not.
 - Codes and scales of experts split from a stack are, byte for byte, what compressed-tensors gives for the true slice.
 - NVFP4: members of every set that engines merge have one global scale in the written bytes (`sets`).
-- Logits in transformers of the weights as an own reader of the formats has them differ by {LARGEST_DIFFERENCE:g} at most
+- Logits of the weights as an own reader of the formats has them differ by at most {LARGEST_DIFFERENCE:g}
   from those of the same weights as the `oracle` has them: `transformers` loads the result itself (weights only, in
   BF16); `compressed-tensors` decompresses every module, where transformers does not put split experts together, drops
   the global scale of NVFP4 experts (huggingface/transformers#48371), does not know Mistral's names, or reads `weight`

@@ -46,12 +46,6 @@ ARCHITECTURES: Final[tuple[Architecture, ...]] = (
             " ernie4_5 hunyuan_v1_dense glm glm4 baichuan yi aquila deepseek minicpm arcee apertus lfm2"
         ),
     ),
-    Architecture(
-        family="Mistral consolidated (params.json)",
-        model_types=("mistral_native",),
-        heads=("output",),
-        notes=("`params.json` is the config; engines read the key `quantization` there",),
-    ),
     Architecture(family="Phi", model_types=_words("phi phi3 phi4 phi4mm phi4_multimodal")),
     Architecture(
         family="vision-language",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from shardmill.core.architectures import families, past_last_layer, runtime_heads, transposed_leaves
+from shardmill.core.assemble import PARAMS_KEY, PARAMS_NAME
 from shardmill.core.fused import FusedTable
 from shardmill.core.plan import Plan
 from shardmill.core.roles import ROLES
@@ -55,7 +56,7 @@ def resolve_table(plan: Plan) -> ResolvedTable:
     return ResolvedTable(
         model_types=plan.model_types,
         families=tuple(row.family for row in rows),
-        notes=tuple(note for row in rows for note in row.notes),
+        notes=(*(note for row in rows for note in row.notes), *_file_notes(plan)),
         roles=tuple(role.name for role in ROLES if role.name not in off),
         roles_off=off,
         roles_add=recipe.architecture.roles_add,
@@ -65,6 +66,11 @@ def resolve_table(plan: Plan) -> ResolvedTable:
         transposed=tuple(sorted(transposed_leaves(plan.model_types))),
         fused=_fused_here(plan, recipe.fused_table),
     )
+
+
+def _file_notes(plan: Plan) -> Iterator[str]:
+    if PARAMS_NAME in dict(plan.rewritten):
+        yield f"{PARAMS_NAME} says the same as config.json, under `{PARAMS_KEY}`"
 
 
 def _fused_here(plan: Plan, table: FusedTable) -> tuple[tuple[str, ...], ...]:
