@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
@@ -74,6 +75,15 @@ CASES: list[tuple[str, list[Served], Setting]] = [
 @pytest.mark.parametrize(("rule", "modules", "setting"), CASES)
 def test_each_rule_finds_what_breaks_it(rule: str, modules: list[Served], setting: Setting) -> None:
     assert rule in kinds(modules, setting)
+
+
+DOCUMENT = Path(__file__).resolve().parent.parent.parent / "docs" / "architectures.md"
+
+
+def test_the_document_has_every_rule() -> None:
+    rows = [line.split(" | ") for line in DOCUMENT.read_text().splitlines() if line.startswith("| `")]
+    told = {row[0].strip("| `"): (row[1], row[2].strip(" |<>")) for row in rows if len(row) == 3}
+    assert {name: (rule.says, rule.source) for name, rule in RULES.items()}.items() <= told.items()
 
 
 def test_every_rule_is_broken_by_some_case_and_has_a_source() -> None:
