@@ -30,8 +30,10 @@ from shardmill.errors import Refused
 from shardmill.stages.pipeline import RunOptions, run
 from shardmill.stages.plan import Locations
 from shardmill.stages.verify import verify
+from zoo.further import FURTHER
 from zoo.models import MODELS, Model, build, consolidated_name
 
+ZOO: Final[Mapping[str, Model]] = {**MODELS, **FURTHER}
 SCHEMES: Final[Mapping[str, dict[str, Any]]] = {
     "FP8_DYNAMIC": {"scheme": "FP8_DYNAMIC"},
     "NVFP4A16": {"scheme": "NVFP4A16"},
@@ -41,13 +43,19 @@ LARGEST_DIFFERENCE: Final = 1e-2
 """Of logits of the same weights, read by two readers."""
 REFUSED: Final = {"gpt2": "weight-transposed"}
 """Architectures that are refused, and the kind of the problem that says why."""
-LAYOUTS: Final = {"gpt_oss": "interleaved", "llama4": "columns", "qwen3_vl_moe_hub": "columns"}
+LAYOUTS: Final = {
+    "gpt_oss": "interleaved",
+    "llama4": "columns",
+    "llama4_vision": "columns",
+    "qwen3_vl_moe_hub": "columns",
+}
 """How the stacks of a checkpoint are stored, where not as stacked rows."""
 _STACK: Final = re.compile(r"(gate_up_proj|down_proj|input_linear\.weight|output_linear\.weight)(_bias)?$")
 _SPLIT: Final = {"gate_up_proj": ("gate_proj", "up_proj"), "input_linear": ("w1", "w3"), "output_linear": ("w2",)}
 _PARTNER: Final = {"gate_proj": "up_proj", "up_proj": "gate_proj", "w1": "w3", "w3": "w1"}
-_TRANSFORMERS_CANNOT: Final = frozenset({"mistral_consolidated"})
-_ASKS_FOR_WEIGHT: Final = frozenset({"mamba2", "modernbert"})
+_TRANSFORMERS_CANNOT: Final = frozenset({"mistral_consolidated", "deepseek_v4"})
+"""The one has names of its own; the code of the other computes in no dtype but float32."""
+_ASKS_FOR_WEIGHT: Final = frozenset({"mamba2", "modernbert", "falcon", "t5"})
 """Architectures whose code in transformers reads `weight` of layers that hold `weight_packed` instead."""
 _SETS: Final = (
     {"q_proj", "k_proj", "v_proj"},
@@ -92,7 +100,7 @@ class Zoo:
         """The folder of a source, and the model that it was written from."""
         folder = self.home / name / "source"
         if name not in self._models:
-            self._models[name] = build(name, folder)
+            self._models[name] = build(ZOO[name], folder)
         return folder, self._models[name]
 
 
@@ -113,7 +121,7 @@ def check_cell(zoo: Zoo, name: str, scheme: str) -> Cell:
     modules = _quantized(after)
     assert modules, "nothing is quantized"
     config = json.loads((result / "config.json").read_text())["quantization_config"]
-    check_names(MODELS[name], model, modules)
+    check_names(ZOO[name], model, modules)
     check_heads(name, model, config)
     check_copies(before, after, modules)
     check_experts(name, scheme, before, after)
@@ -150,7 +158,7 @@ def _quantized(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 _RENAMED_ON_LOAD: Final = (
     r"\.experts\.\d+\.|^layers\.\d+\.(attention|feed_forward)|^backbone\.layers|shared_experts?\.|block_sparse_moe\."
-    r"|self_attn\.[fgb]_([ab]_)?proj"
+    r"|self_attn\.[fgb]_([ab]_)?proj|\.attn\.(compressor\.)?w|^language_model\.model\.model\.|\.self_attn\.(to_|w)"
 )
 """What transformers calls otherwise in memory: experts, Mistral's own names, Mamba's, KDA's projections."""
 
@@ -493,13 +501,14 @@ def logits(folder: Path, name: str) -> Tensor:
     """Logits of a checkpoint in transformers, in float32."""
     import transformers
 
-    spec = MODELS[name]
+    spec = ZOO[name]
     cls = getattr(transformers, spec.model)
     model, info = cls.from_pretrained(folder, dtype=torch.bfloat16, output_loading_info=True)
     assert not info["missing_keys"], sorted(info["missing_keys"])[:5]
     inputs = _inputs(spec, model)
     with torch.no_grad():
-        model(**inputs)  # compressed weights are given back when they are first needed
+        if hasattr(model.config, "quantization_config"):
+            model(**inputs)  # compressed weights are given back when they are first needed
         torch.nn.Module.float(model)
         inputs = {key: value.float() if value.is_floating_point() else value for key, value in inputs.items()}
         found: Tensor = model(**inputs).logits
@@ -513,4 +522,6 @@ def _inputs(spec: Model, model: Any) -> dict[str, Tensor]:
     if spec.inputs == "speech":
         features = torch.randn(2, 80, 64, generator=generator).to(model.dtype)
         return {"input_features": features, "decoder_input_ids": tokens}
+    if spec.inputs == "pair":
+        return {"input_ids": tokens, "decoder_input_ids": tokens.flip(1)}
     return {"input_ids": tokens} | ({"attention_mask": torch.ones_like(tokens)} if spec.inputs == "masked" else {})

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -70,10 +70,9 @@ class Model:
     rework: Callable[[Path], None] | None = None
     """Changes the written folder into the layout in which the real models are published."""
     inputs: str = "text"
-    """`text`, `masked` or `speech`."""
+    """`text`, `masked`, `pair` or `speech`."""
     towers: tuple[str, ...] = ()
     """Components of names below which everything is an image or sound tower or projector."""
-    layers: tuple[int, ...] = field(default=())
 
 
 def _transposed_experts(folder: Path) -> None:
@@ -145,7 +144,7 @@ def _rewrite(folder: Path, change: Callable[[str, Tensor], dict[str, Tensor]]) -
 
 
 _MOE: Final = {**TEXT, **EXPERTS}
-_DEEPSEEK: Final = {
+DEEPSEEK: Final = {
     **but(TEXT, "head_dim", num_key_value_heads=4),
     **LATENT,
     "moe_intermediate_size": 64,
@@ -156,7 +155,7 @@ _DEEPSEEK: Final = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
 }
-_ROUTED: Final = (
+ROUTED: Final = (
     "moe_intermediate_size",
     "n_routed_experts",
     "n_shared_experts",
@@ -176,7 +175,7 @@ _QWEN3_VISION: Final = {
     "num_position_embeddings": 16,
     "deepstack_visual_indexes": [0],
 }
-_LINEAR_ATTENTION: Final = {
+LINEAR_ATTENTION: Final = {
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
     "linear_key_head_dim": 32,
@@ -219,12 +218,12 @@ MODELS: Final[Mapping[str, Model]] = {
     "qwen3_next": Model(
         config="Qwen3NextConfig",
         model="Qwen3NextForCausalLM",
-        fields={**_MOE, "shared_expert_intermediate_size": 64, **_LINEAR_ATTENTION},
+        fields={**_MOE, "shared_expert_intermediate_size": 64, **LINEAR_ATTENTION},
     ),
     "qwen3_5_moe": Model(
         config="Qwen3_5MoeTextConfig",
         model="Qwen3_5MoeForCausalLM",
-        fields={**_MOE, "shared_expert_intermediate_size": 64, **_LINEAR_ATTENTION},
+        fields={**_MOE, "shared_expert_intermediate_size": 64, **LINEAR_ATTENTION},
     ),
     "mixtral": Model(
         config="MixtralConfig",
@@ -258,22 +257,22 @@ MODELS: Final[Mapping[str, Model]] = {
     "deepseek_v2": Model(
         config="DeepseekV2Config",
         model="DeepseekV2ForCausalLM",
-        fields=but(_DEEPSEEK, q_lora_rank=None, topk_method="greedy"),
+        fields=but(DEEPSEEK, q_lora_rank=None, topk_method="greedy"),
     ),
-    "deepseek_v3": Model(config="DeepseekV3Config", model="DeepseekV3ForCausalLM", fields=_DEEPSEEK),
+    "deepseek_v3": Model(config="DeepseekV3Config", model="DeepseekV3ForCausalLM", fields=DEEPSEEK),
     "deepseek_v3_mtp": Model(
-        config="DeepseekV3Config", model="DeepseekV3ForCausalLM", fields=_DEEPSEEK, rework=_with_mtp_layer
+        config="DeepseekV3Config", model="DeepseekV3ForCausalLM", fields=DEEPSEEK, rework=_with_mtp_layer
     ),
     "glm4_moe": Model(
         config="Glm4MoeConfig",
         model="Glm4MoeForCausalLM",
-        fields=TEXT | {name: _DEEPSEEK[name] for name in _ROUTED},
+        fields=TEXT | {name: DEEPSEEK[name] for name in ROUTED},
     ),
     "kimi_linear": Model(
         config="KimiLinearConfig",
         model="KimiLinearForCausalLM",
         fields={
-            **but(_DEEPSEEK, "n_group", "topk_group", q_lora_rank=None, num_experts=4, num_shared_experts=1),
+            **but(DEEPSEEK, "n_group", "topk_group", q_lora_rank=None, num_experts=4, num_shared_experts=1),
             "linear_attn_config": {
                 "kda_layers": [1],
                 "full_attn_layers": [2],
@@ -469,11 +468,10 @@ MODELS: Final[Mapping[str, Model]] = {
 }
 
 
-def build(name: str, folder: Path) -> Any:
-    """Write a checkpoint in BF16 and return the model that it was written from, as float32 of the same values."""
+def build(spec: Model, folder: Path) -> Any:
+    """Write a checkpoint in BF16 and return the model that it was written from."""
     import transformers
 
-    spec = MODELS[name]
     torch.manual_seed(0)
     config = getattr(transformers, spec.config)(**spec.fields)
     model = getattr(transformers, spec.model)(config).to(torch.bfloat16).eval()

@@ -14,10 +14,9 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from zoo.battery import LARGEST_DIFFERENCE, SCHEMES, Cell, Zoo, check_cell
+from zoo.battery import LARGEST_DIFFERENCE, SCHEMES, ZOO, Cell, Zoo, check_cell
 from zoo.mixed import MODELS as MIXED
 from zoo.mixed import Row, check_mixed
-from zoo.models import MODELS
 
 HEADER = f"""# Architectures
 
@@ -33,8 +32,8 @@ Written by `tests/zoo/table.py`; `make test-all` runs the same checks. Each cell
 - Logits of the weights as an own reader of the formats has them differ by at most {LARGEST_DIFFERENCE:g}
   from those of the same weights as the `oracle` has them: `transformers` loads the result itself (weights only, in
   BF16); `compressed-tensors` decompresses every module, where transformers does not put split experts together, drops
-  the global scale of NVFP4 experts (huggingface/transformers#48371), does not know Mistral's names, or reads `weight`
-  of packed layers (mamba2, modernbert).
+  the global scale of NVFP4 experts (huggingface/transformers#48371), does not know Mistral's names, reads `weight` of
+  packed layers (mamba2, modernbert, falcon, t5) or computes in no dtype but float32 (deepseek_v4).
 
 `loss` is how far logits are from those of the source: tiny random models amplify every error, real ones do not.
 """
@@ -81,7 +80,7 @@ def main(arguments: Sequence[str]) -> None:
     target = parser.parse_args(arguments).write
     with tempfile.TemporaryDirectory() as home:
         zoo = Zoo(Path(home) / "zoo")
-        cells = [check_cell(zoo, name, scheme) for name in MODELS for scheme in SCHEMES]
+        cells = [check_cell(zoo, name, scheme) for name in ZOO for scheme in SCHEMES]
         apart = Zoo(Path(home) / "mixed")
         rows = [row for name in MIXED for row in check_mixed(apart, name)]
     target.write_text(render(cells, rows))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +123,9 @@ ARCHITECTURES: Final[tuple[Architecture, ...]] = (
     Architecture(
         family="BERT and its like",
         model_types=_words("bert xlm-roberta roberta camembert distilbert albert electra mpnet deberta-v2 modernbert"),
-        heads=_words("cls.predictions.decoder lm_head.decoder vocab_projector predictions.decoder decoder"),
+        heads=_words(
+            "cls.predictions.decoder lm_head.decoder vocab_projector predictions.decoder generator_lm_head decoder"
+        ),
     ),
     Architecture(
         family="encoder and decoder", model_types=_words("t5 mt5 umt5 bart mbart m2m_100 marian pegasus nllb-moe")
@@ -245,5 +247,5 @@ def past_last_layer(config: Mapping[str, Any]) -> frozenset[int]:
 _MOST_LAYERS: Final = 1000
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_LAYERS

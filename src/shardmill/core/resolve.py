@@ -212,7 +212,7 @@ class Resolver:
             if any(text.startswith("re:") and "experts" in text for text in texts[group]):
                 return group
         named = [group for group in groups if any(not text.startswith("re:") for text in texts[group])]
-        return (named or groups or [None])[0]
+        return next(iter([*named, *groups]), None)
 
 
 def runtime_layers(modules: Iterable[str], table: FusedTable = TABLE) -> Iterator[Layer]:

@@ -43,13 +43,14 @@ ROLES: Final[tuple[Role, ...]] = (
         _words(
             "embed_tokens tok_embeddings word_embeddings position_embeddings token_type_embeddings embed_positions wte"
             " wpe embed_in embeddings pos_embed position_embedding embedding embed_tokens_per_layer"
+            " relative_attention_bias rel_pos_bias shared"
         ),
     ),
     Role(
         "head",
         "accuracy, and heads are often tied",
         _words("lm_head embed_out output_layer proj_out classifier score"),
-        r"^output$|(^|\.)shared_head\.|^cls\.",
+        r"^output$|^head$|(^|\.)shared_head\.|^cls\.",
     ),
     Role(
         "router",
@@ -76,7 +77,12 @@ ROLES: Final[tuple[Role, ...]] = (
         _words("eh_proj enorm hnorm e_proj h_proj"),
         r"(^|\.)mtp(\.|$)",
     ),
-    Role("sensitive", "upstream recipes keep it dense", _words("weights_proj"), r"_latent_proj$|(^|\.)indexer\.wk$"),
+    Role(
+        "sensitive",
+        "upstream recipes keep it dense",
+        _words("weights_proj per_layer_input_gate per_layer_projection per_layer_model_projection"),
+        r"_latent_proj$|(^|\.)indexer\.wk$|(^|\.)(altup(_\w+)?|laurel)\.",
+    ),
 )
 
 

@@ -152,7 +152,7 @@ def dense_expressions(dense: Iterable[str], quantized: Mapping[str, int], towers
         towers: components below which everything stays dense by default; one expression for each that does.
 
     >>> dense_expressions(["visual.blocks.0.fc", "model.layers.0.gate"], {"model.layers.0.up": 0}, ["visual"])
-    ['re:.*(^|\\.)visual\\..*', 're:.*(^|\\.)layers\\.\\d+\\.gate$']
+    ['re:.*(^|\\.)visual(\\..*)?$', 're:.*(^|\\.)layers\\.\\d+\\.gate$']
     """
     taken = {part for module in quantized for part in module.split(".")}
     whole = frozenset(towers) - taken
@@ -160,8 +160,8 @@ def dense_expressions(dense: Iterable[str], quantized: Mapping[str, int], towers
     rest: dict[str, int] = {}
     last = max(quantized.values(), default=-1) + 1
     for module in dense:
-        if tower := next((part for part in module.split(".")[:-1] if part in whole), None):
-            found[rf"re:.*(^|\.){re.escape(tower)}\..*"] = None
-        elif "." in module:
+        if tower := next((part for part in module.split(".") if part in whole), None):
+            found[rf"re:.*(^|\.){re.escape(tower)}(\..*)?$"] = None
+        else:
             rest[module] = last
     return [*found, *disjoint_targets({**quantized, **rest}, last + 1)[last]]

@@ -136,7 +136,8 @@ def serving_warnings(destination: str, tp: int = 1) -> list[Problem]:
         stored = stored_shapes(result, Readers(result.folder, stack))
     recipe = result.manifest.recipe if result.manifest else None
     config = result.checkpoint.config
-    splits = bool(result.manifest) and any(t.action == SPLIT for s in result.manifest.shards for t in s.tensors)
+    told = result.manifest.shards if result.manifest else ()
+    splits = any(tensor.action == SPLIT for shard in told for tensor in shard.tensors)
     setting = read_setting(config, tp, read_sizes(config).model_types, split_experts=splits)
     served = served_by_result(result.config, result.modules, result.tensors, stored)
     return check_serving(served, setting, recipe.fused_table if recipe else TABLE)
