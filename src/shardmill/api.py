@@ -54,9 +54,13 @@ _Fill: TypeAlias = Callable[[int, memoryview], None]
 """Fills the view with bytes of a tensor, from an offset counted from its first byte."""
 
 _LOG: Final = logging.getLogger(__name__)
+_STACKED: Final = ("gate_up_proj", "down_proj")
+"""Leaves of the stacks that llm-compressor's functions split; those of other architectures lie elsewhere."""
 _NORMS: Final = "re:.*norm$"
 """Modules that are never quantized, whatever the targets say."""
-_OF_WHOLE_CHECKPOINTS: Final = frozenset({"pattern-unmatched", "nothing-matched", "already-quantized"})
+_OF_WHOLE_CHECKPOINTS: Final = frozenset(
+    {"pattern-unmatched", "nothing-matched", "already-quantized", "config-unresolved"}
+)
 """Findings of the planner that say nothing about one file: patterns are for the whole checkpoint, as is its config."""
 _BEFORE_CONVERSION: Final = frozenset({"already-quantized", "name-collision"})
 """Findings about single tensors that a converter is there to remove."""
@@ -194,11 +198,11 @@ def split_fused_moe_experts(tensors: Mapping[str, Tensor], layout: str = "rows")
 
 def _parts(name: str, tensor: Tensor, layout: str) -> Iterator[tuple[str, Tensor]]:
     """Name and view of every matrix of a stack; a tensor that is none, as it is."""
-    keys = [leaf for leaf in HALVES if leaf in name]
+    keys = [leaf for leaf in _STACKED if leaf in name]
     if len(keys) > 1:
         raise refuse("expert-name", f"expected only one of {' and '.join(map(show, keys))} in a name", tensor=name)
     prefix, dot, leaf = name.removesuffix(".weight").rpartition(".")
-    if leaf not in HALVES or tensor.ndim != 3:
+    if leaf not in _STACKED or tensor.ndim != 3:
         yield name, tensor
         return
     for expert, half, view in _expert_views(name, tensor, leaf, layout):
@@ -422,7 +426,7 @@ def _is_meant(spec: TensorSpec, matcher: Matcher) -> bool:
     modules = [module] if param == "weight" else []
     prefix, dot, leaf = spec.name.removesuffix(".weight").rpartition(".")
     if len(spec.shape) == 3:
-        modules += [f"{prefix}{dot}0.{half}" for half in HALVES.get(leaf, ())]
+        modules += [f"{prefix}{dot}0.{half}" for half in (HALVES[leaf] if leaf in _STACKED else ())]
     return any(matcher.ignored_by(name) is None and matcher.target_of(name) is not None for name in modules)
 
 

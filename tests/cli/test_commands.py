@@ -147,6 +147,7 @@ def test_the_plan_document_is_a_stable_contract(source: Path, capsys: pytest.Cap
     assert set(document) == {
         "command", "status", "schema", "problems", "warnings", "totals", "bits_per_weight",
         "quantized_bits_per_weight", "recipe", "ignore", "files", "files_not_copied", "shards",
+        "architecture", "serving",
     }  # fmt: skip
     assert set(document["shards"][0]) == {"name", "source_bytes", "output_bytes", "reads", "tensors"}
     assert set(document["shards"][0]["tensors"][0]) == {
@@ -817,3 +818,25 @@ def test_quiet_shows_no_progress(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_progress_over_nothing_has_no_division_by_zero() -> None:
     assert "0 bytes of 0 bytes (100%)" in Progress(Console(0, io.StringIO()), "verify", 0, 0).line()
+
+
+def test_plan_and_verify_warn_of_what_engines_refuse(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = tmp_path / "served"
+    assert main(["plan", str(source), "--tp", "96"]) == 0
+    told = capsys.readouterr()
+    assert "architecture  Llama and its like" in told.out
+    assert "(rule: ranks divide the rows" in told.out
+    assert main(["run", str(source), str(result)]) == 0
+    capsys.readouterr()
+    assert main(["verify", str(result), "--tp", "96", "--json"]) == 0
+    told = capsys.readouterr()
+    serving = json.loads(told.out)["serving"]
+    assert serving["tp"] == 96
+    assert [rule["name"] for rule in serving["rules"]] == ["tensor-parallel"]
+    assert [warning["kind"] for warning in serving["warnings"]] == ["serving-tensor-parallel"]
+    assert "serving-tensor-parallel" not in told.err
+    assert "WARNING" in told.err
+    assert main(["verify", str(result), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["serving"]["warnings"] == []

@@ -17,6 +17,7 @@ from shardmill.core.planner import build_plan
 from shardmill.core.receipt import BlobDigests, Receipt, WeightRecord, parse_receipt
 from shardmill.core.recipe import parse_recipe, uniform
 from shardmill.core.statistics import Statistics
+from shardmill.core.targets import disjoint_targets
 from shardmill.errors import ShardmillError
 from strategies import checkpoint_of, llama_table
 
@@ -77,7 +78,7 @@ def test_several_schemes_are_named_by_disjoint_expressions() -> None:
     )
 )
 def test_disjoint_targets_resolve_to_their_group_and_to_no_other(modules: dict[str, int]) -> None:
-    targets = assemble.disjoint_targets(modules, 3)
+    targets = disjoint_targets(modules, 3)
     for module, group in modules.items():
         hits = {
             n for n, patterns in enumerate(targets) if any(re.match(p.removeprefix("re:"), module) for p in patterns)
@@ -87,7 +88,7 @@ def test_disjoint_targets_resolve_to_their_group_and_to_no_other(modules: dict[s
 
 
 def test_experts_are_also_named_as_engines_ask_for_them() -> None:
-    targets = assemble.disjoint_targets({"m.layers.0.b.experts.0.w1": 0, "m.layers.0.x": 1}, 2)
+    targets = disjoint_targets({"m.layers.0.b.experts.0.w1": 0, "m.layers.0.x": 1}, 2)
     assert any(re.match(t.removeprefix("re:"), "m.layers.0.b.experts.0.gate_proj") for t in targets[0])
 
 

@@ -12,6 +12,14 @@ from shardmill.core.roles import ROLES, role_of
         ("transformer.wte", "embedding"),
         ("bert.embeddings.word_embeddings", "embedding"),
         ("lm_head", "head"),
+        ("head", "head"),
+        ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias", "embedding"),
+        ("model.shared", "embedding"),
+        ("mlp1.1", "vision or audio tower"),
+        ("model.connector.modality_projection.proj", "vision or audio tower"),
+        ("model.layers.0.altup.correction_coefs", "sensitive"),
+        ("model.layers.0.laurel.linear_left", "sensitive"),
+        ("model.altup_projections.0", "sensitive"),
         ("output", "head"),
         ("cls.predictions.decoder", "head"),
         ("model.layers.61.shared_head.head", "head"),
@@ -62,6 +70,8 @@ def test_what_engines_run_dense_has_a_role(module: str, role: str) -> None:
         "model.layers.0.attention.wo",
         "model.layers.0.self_attn.normalizer_proj",
         "model.layers.0.mlp.output",
+        "model.layers.0.mlp1.fc",
+        "model.layers.0.attention.head",
     ],
 )
 def test_ordinary_linear_layers_have_none(module: str) -> None:

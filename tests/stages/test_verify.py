@@ -25,7 +25,7 @@ from shardmill.stages.compare import param_range
 from shardmill.stages.pipeline import RunOptions, run
 from shardmill.stages.plan import Locations
 from shardmill.stages.result import read_result
-from shardmill.stages.verify import VerifyWatch, verify, verify_against
+from shardmill.stages.verify import VerifyWatch, serving_warnings, verify, verify_against
 
 Q = "model.layers.0.self_attn.q_proj"
 K = "model.layers.0.self_attn.k_proj"
@@ -714,3 +714,28 @@ def test_a_hundred_outputs_with_one_defect_each_are_told_apart_from_a_sound_one(
             missed.append((what, [str(problem) for problem in problems[:3]]))
         shutil.rmtree(root)
     assert missed == []
+
+
+def test_a_config_that_a_reader_misreads_is_found(home: Path, tmp_path: Path) -> None:
+    groups = [{"scheme": "FP8_DYNAMIC", "targets": ["re:.*self_attn"]}, {"scheme": "NVFP4A16", "targets": ["Linear"]}]
+    result = unlink_copy(convert(home / "source", tmp_path / "mixed", {"groups": groups}), tmp_path / "copy")
+    assert verify(str(result)) == []
+
+    def widen(document: Any) -> None:  # the first match is as before, vLLM asks for the class before merged parts
+        document["quantization_config"]["config_groups"]["group_01"]["targets"] = ["Linear"]
+
+    edit_json(result / "config.json", widen)
+    assert kinds(verify(str(result))) == {"config-changed", "config-unresolved"}
+    (result / "shardmill.json").unlink()
+    notes: list[str] = []
+    assert verify(str(result), VerifyWatch(on_note=notes.append)) == []
+    assert any("read by vLLM" in note for note in notes)
+
+
+def test_a_result_of_another_tool_is_judged_by_the_rules_of_engines(home: Path, tmp_path: Path) -> None:
+    result = unlink_copy(home / "W4A16_ASYM", tmp_path / "foreign")
+    (result / "shardmill.json").unlink()
+    assert serving_warnings(str(result)) == []
+    assert {problem.kind for problem in serving_warnings(str(result), 4)} >= {"serving-group-partition"}
+    (result / "config.json").unlink()
+    assert serving_warnings(str(result)) == []

@@ -61,6 +61,8 @@ class Options:
     against: str | None = None
     reproduce: tuple[str, ...] = ()
     sha256: str | None = None
+    tp: int = 1
+    """Ranks that an engine is to share every layer among."""
     html: str | None = None
     card: str | None = None
     parquet: str | None = None
@@ -116,6 +118,7 @@ def _build_parser() -> argparse.ArgumentParser:
     plan.add_argument("source", metavar="SRC", help=_SOURCE)
     _add_recipe(plan)
     _add_intake(plan)
+    _add_serving(plan)
     _add_json(plan)
     _add_run(verb("run", "quantize a checkpoint; run again to go on after a stop"))
     check = verb("verify", "read a finished result back and check everything in it")
@@ -130,6 +133,7 @@ def _build_parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--sha256", metavar="FILE", help="write the SHA-256 of every file as sha256sum does, if no problem is found"
     )
+    _add_serving(check)
     _add_json(check)
     _add_report(verb("report", "show the summary of a finished result, or write a page, a model card or tables of it"))
     _add_store(verb("store", "look after the store of finished shards"))
@@ -150,6 +154,11 @@ def _common() -> argparse.ArgumentParser:
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+
+
+def _add_serving(parser: argparse.ArgumentParser) -> None:
+    summary = "warn of what an engine would refuse with this --tensor-parallel-size (default: 1)"
+    parser.add_argument("--tp", type=_positive, default=1, metavar="N", help=summary)
 
 
 def _add_recipe(parser: argparse.ArgumentParser, *, takes_several: bool = False) -> None:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from statistics import median
+from typing import Any
 
 from shardmill.cli.arguments import Options, read_intake, read_recipe
 from shardmill.cli.console import Console, print_document, print_result
 from shardmill.cli.failures import DONE, REFUSED, count, problem_lines
 from shardmill.core.plan import Plan
-from shardmill.core.summary import WORST_SHOWN, human_bytes, plan_document, render, summarize_plan
+from shardmill.core.serving import check_plan_serving, rules_document
+from shardmill.core.summary import (
+    WORST_SHOWN,
+    human_bytes,
+    plan_document,
+    problem_document,
+    render,
+    summarize_plan,
+)
+from shardmill.core.table import render_table, resolve_table
 from shardmill.errors import Problem, show
 
 
@@ -27,17 +38,27 @@ def plan(options: Options, console: Console) -> int:
 
 def show_plan(found: Plan, problems: Sequence[Problem], options: Options, console: Console) -> int:
     """Print a plan, or why it is refused; returns the exit code."""
+    serving = check_plan_serving(found, options.tp) if not problems else []
     if options.json:
         status = "refused" if problems else "done"
-        print_document({"command": options.command, "status": status, **plan_document(found, problems)})
+        document = plan_document(found, problems) | serving_document(serving, options)
+        print_document({"command": options.command, "status": status, **document})
     elif not problems:
         summary = summarize_plan(found)
-        print_result("\n".join([render(summary), "", *_job_lines(found, summary.totals.output_bytes)]))
+        told = render(replace(summary, warnings=(*summary.warnings, *serving)))
+        lines = [*render_table(resolve_table(found)), "", told, "", *_job_lines(found, summary.totals.output_bytes)]
+        print_result("\n".join(lines))
     if problems:
         console.error(f"refused: {count(len(problems), 'problem')}")
         for line in problem_lines(problems):
             console.error(line)
     return REFUSED if problems else DONE
+
+
+def serving_document(serving: Sequence[Problem], options: Options) -> dict[str, Any]:
+    """What may keep an engine from loading the result, and where it is written down."""
+    warnings = [problem_document(problem) for problem in serving]
+    return {"serving": {"tp": options.tp, "warnings": warnings, "rules": rules_document(serving)}}
 
 
 def _job_lines(found: Plan, need: int) -> Iterator[str]:

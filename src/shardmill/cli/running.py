@@ -18,6 +18,7 @@ from shardmill.cli.failures import DONE, SCHEMA, count
 from shardmill.cli.planning import show_plan
 from shardmill.core.plan import Plan
 from shardmill.core.recipe import Recipe
+from shardmill.core.serving import check_plan_serving
 from shardmill.core.shell import command_line
 from shardmill.core.summary import human_bytes, render, render_warnings, summarize, summary_document
 from shardmill.errors import Problem, RecipeInvalid, Refused, show
@@ -143,7 +144,7 @@ def watcher(console: Console, stop: threading.Event, common: Progress | None = N
     acknowledged = threading.Event()
 
     def on_plan(found: Plan) -> None:
-        for line in render_warnings(found.warnings):
+        for line in render_warnings((*found.warnings, *check_plan_serving(found))):
             console.say(line)
         if common is None:
             progress.append(console.progress("quantize", found.source_bytes, len(found.shards)))

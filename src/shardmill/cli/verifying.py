@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from shardmill.cli.arguments import Options
 from shardmill.cli.console import Console, print_document, print_result
 from shardmill.cli.failures import DONE, FAILED, SCHEMA, count, problem_lines
-from shardmill.core.summary import PROXY, WORST_SHOWN, problem_document
+from shardmill.cli.planning import serving_document
+from shardmill.core.summary import PROXY, WORST_SHOWN, problem_document, render_warnings
 from shardmill.errors import Problem, Refused, show
 from shardmill.storage.documents import check_document, write_document
 
@@ -48,15 +49,32 @@ def verify(options: Options, console: Console) -> int:
     elif options.sha256:
         notes.append(f"{show(options.sha256, 200)} was not written, since there are problems")
     console.close_progress()
+    _tell(options, console, problems, notes, rows, read)
+    return FAILED if problems else DONE
+
+
+def _tell(
+    options: Options,
+    console: Console,
+    problems: Sequence[Problem],
+    notes: Sequence[str],
+    rows: Sequence[Comparison],
+    read: int,
+) -> None:
+    from shardmill.stages.verify import serving_warnings
+
     for note in notes:
         console.say(f"NOTE {note}")
+    serving = serving_warnings(options.destination, options.tp)
+    for line in render_warnings(serving):
+        console.say(line)
     if options.json:
-        print_document(_verify_document(options, problems, notes, rows))
+        document = _verify_document(options, problems, notes, rows)
+        print_document(document | serving_document(serving, options))
     else:
         print_result("\n".join(_verify_lines(options, problems, rows, read)))
     for line in problem_lines(problems):
         console.error(line)
-    return FAILED if problems else DONE
 
 
 def _write_sums(destination: str, location: str, watch: VerifyWatch) -> list[str]:

@@ -3,144 +3,89 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
+from shardmill.core.architectures import is_composite
 from shardmill.core.digest import digest_json
+from shardmill.core.experts import parse_stack
 from shardmill.core.findings import check_statistics
 from shardmill.core.foreign import AUTO_MAP, without
+from shardmill.core.groups import Groups, Part, write_groups, write_section
 from shardmill.core.index import encode_index
-from shardmill.core.plan import Plan, ShardSizes
+from shardmill.core.matching import split_name
+from shardmill.core.plan import SPLIT, Plan, ShardSizes
 from shardmill.core.pretty import pretty
 from shardmill.core.receipt import Receipt
 from shardmill.core.recipe import recipe_to_json
-from shardmill.core.scheme import scheme_to_json
+from shardmill.core.roles import TOWERS
+from shardmill.core.scheme import Scheme, scheme_to_json
 from shardmill.core.statistics import Statistics
+from shardmill.core.targets import dense_expressions
 from shardmill.errors import NON_FINITE, Problem, ShardmillError
 
 CONFIG_NAME: Final = "config.json"
 MANIFEST_NAME: Final = "shardmill.json"
 PARAMS_NAME: Final = "params.json"
+PARAMS_KEY: Final = "quantization"
 MANIFEST_SCHEMA: Final = 1
-LAYOUT_VERSION: Final = "0.19.0"
-"""compressed-tensors release whose on-disk layout is written."""
 _STALE: Final = ("quantization_config", "compression_config")
-_EXPERT_ALIASES: Final = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-"""Engines ask for the experts of w1/w2/w3 models under these names."""
+_KV_CACHE: Final = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 
 
-def quantization_config(plan: Plan) -> dict[str, Any]:
-    """Describe the result to loaders.
+def quantization_config(plan: Plan, groups: Groups | None = None) -> dict[str, Any]:
+    """Describe the result to loaders; see `groups`.
 
-    One scheme: `Linear` with a complete ignore list, the only form that all readers resolve alike. Several: disjoint
-    expressions that name every quantized module, since readers disagree on who wins when two groups match.
+    Args:
+        groups: those of the plan, where they are known already.
     """
-    groups = {}
-    formats = []
-    targets = _group_targets(plan)
-    for number, group in enumerate(plan.recipe.groups):
-        if not targets[number]:
-            continue
-        scheme = scheme_to_json(group.scheme)
-        scheme.pop("preset", None)
-        formats.append(group.scheme.format)
-        groups[f"group_{number:02d}"] = {
-            "targets": targets[number],
-            **scheme,
-            "output_activations": None,
-            "format": group.scheme.format,
-        }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": formats[0] if len(set(formats)) == 1 else "mixed-precision",
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": list(plan.ignore),
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
-        "transform_config": {},
-        "version": LAYOUT_VERSION,
-    }
+    found = groups or planned_groups(plan)
+    ignore = [*plan.ignore, *_renamed(plan, found)]
+    return write_section(found, ignore, _KV_CACHE if plan.recipe.kv_cache else None)
 
 
-def _quantized_modules(plan: Plan) -> dict[str, int]:
+def _renamed(plan: Plan, groups: Groups) -> list[str]:
+    """Expressions for what stays dense in models whose parts loaders rename; literal names would not be found."""
+    config = json.loads(plan.config_text or "{}")
+    if not (isinstance(config, Mapping) and is_composite(config)):
+        return []
+    numbers = {key: number for number, key in enumerate(groups.config_groups)}
+    quantized = {module: numbers[key] for module, key in groups.planned.items()}
+    return dense_expressions(plan.ignore, quantized, TOWERS)
+
+
+def planned_groups(plan: Plan) -> Groups:
+    """The groups of the written config, and that of every quantized module."""
+    members: list[list[str]] = [[] for _ in plan.recipe.groups]
+    for module, number in quantized_modules(plan).items():
+        members[number].append(module)
+    return write_groups(
+        Part(entry=scheme_entry(group.scheme), modules=tuple(modules))
+        for group, modules in zip(plan.recipe.groups, members, strict=True)
+    )
+
+
+def scheme_entry(scheme: Scheme) -> dict[str, Any]:
+    """An entry of `config_groups` for a scheme, without targets."""
+    entry = scheme_to_json(scheme)
+    entry.pop("preset", None)
+    return {**entry, "output_activations": None, "format": scheme.format}
+
+
+def quantized_modules(plan: Plan) -> dict[str, int]:
     """Group by quantized module, experts of split stacks included."""
-    return {
-        unit.module: tensor.scheme
-        for shard in plan.shards
-        for tensor in shard.tensors
-        if tensor.scheme >= 0
-        for unit in shard.units_of(tensor)
-    }
-
-
-def _group_targets(plan: Plan) -> list[list[str]]:
-    used = {tensor.scheme for shard in plan.shards for tensor in shard.tensors} - {-1}
-    if len(used) == 1:
-        return [["Linear"] if number in used else [] for number in range(len(plan.recipe.groups))]
-    return disjoint_targets(_quantized_modules(plan), len(plan.recipe.groups))
-
-
-def _template(module: str) -> tuple[str, tuple[str, ...]]:
-    """The name from the component before its first number on, numbers taken out."""
-    parts = module.split(".")
-    first = next((n for n, part in enumerate(parts) if part.isdigit()), None)
-    tail = parts[max(0, first - 1) :] if first is not None else parts
-    return ".".join("#" if part.isdigit() else part for part in tail), tuple(part for part in tail if part.isdigit())
-
-
-def _expression(template: str, numbers: Sequence[str]) -> str:
-    pieces = iter(numbers)
-    body = r"\.".join(next(pieces) if part == "#" else re.escape(part) for part in template.split("."))
-    return rf"re:.*(^|\.){body}$"
-
-
-def disjoint_targets(modules: Mapping[str, int], groups: int) -> list[list[str]]:
-    r"""Name every module of each group by expressions that match no module of another group.
-
-    >>> disjoint_targets({"model.layers.0.a": 0, "model.layers.1.a": 0, "model.layers.0.b": 1}, 2)
-    [['re:.*(^|\\.)layers\\.\\d+\\.a$'], ['re:.*(^|\\.)layers\\.\\d+\\.b$']]
-    """
-    by_template: dict[str, dict[int, list[tuple[str, ...]]]] = {}
-    for module, group in modules.items():
-        template, numbers = _template(module)
-        by_template.setdefault(template, {}).setdefault(group, []).append(numbers)
-    targets: list[list[str]] = [[] for _ in range(groups)]
-    for template, owners in sorted(by_template.items()):
-        for group, members in owners.items():
-            patterns = _number_patterns(members, exact=len(owners) > 1)
-            targets[group] += [_expression(name, pattern) for pattern in patterns for name in _spellings(template)]
-    return targets
-
-
-def _number_patterns(numbers: Sequence[tuple[str, ...]], *, exact: bool) -> list[tuple[str, ...]]:
-    """Any number where one group owns the template; otherwise its layers, and all further numbers, spelled out."""
-    if not exact:
-        return [(r"\d+",) * len(numbers[0])]
-    by_rest: dict[tuple[str, ...], list[str]] = {}
-    for first, *rest in (entry for entry in numbers if entry):
-        by_rest.setdefault(tuple(rest), []).append(first)
-    by_layers: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
-    for rest_numbers, layers in by_rest.items():
-        by_layers.setdefault(tuple(sorted(set(layers), key=int)), []).append(rest_numbers)
-    found: list[tuple[str, ...]] = []
-    for layer_group, rests in by_layers.items():
-        single = len(rests[0]) == 1
-        tails = [(_either(sorted({rest[0] for rest in rests}, key=int)),)] if single else sorted(rests)
-        found += [(_either(layer_group), *tail) for tail in tails]
-    return found or [()]
-
-
-def _either(numbers: Sequence[str]) -> str:
-    return f"({'|'.join(numbers)})"
-
-
-def _spellings(template: str) -> list[str]:
-    head, _, leaf = template.rpartition(".")
-    alias = _EXPERT_ALIASES.get(leaf) if ".experts.#" in f".{head}" else None
-    return [template, f"{head}.{alias}"] if alias else [template]
+    found: dict[str, int] = {}
+    for shard in plan.shards:
+        for spec, action, _, scheme, *_ in shard.tensors:
+            if scheme < 0:
+                continue
+            stack = parse_stack(spec.name, spec.shape) if action == SPLIT else None
+            modules = (
+                [m for e in range(spec.shape[0]) for m in stack.modules(e)] if stack else [split_name(spec.name)[0]]
+            )
+            found.update(dict.fromkeys(modules, scheme))
+    return found
 
 
 def config_document(plan: Plan) -> dict[str, Any]:
@@ -148,6 +93,21 @@ def config_document(plan: Plan) -> dict[str, Any]:
     source = json.loads(plan.config_text or "{}")
     stale = _STALE if plan.allow_code else (*_STALE, AUTO_MAP)
     return {**without(source, stale), "quantization_config": quantization_config(plan)}
+
+
+def params_document(plan: Plan, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Mistral's params.json in its own order; engines read the key `quantization` there."""
+    gone = (*_STALE, *(() if plan.allow_code else (AUTO_MAP,)))
+    kept = {key: value for key, value in without(params, gone).items() if key != PARAMS_KEY}
+    return {**kept, PARAMS_KEY: quantization_config(plan)}
+
+
+def with_quantization(plan: Plan) -> tuple[tuple[str, str], ...]:
+    """The files that are written anew, with the scheme in params.json where there is one."""
+    return tuple(
+        (name, encode_document(params_document(plan, json.loads(text))).decode() if name == PARAMS_NAME else text)
+        for name, text in plan.rewritten
+    )
 
 
 def encode_document(document: Mapping[str, Any]) -> bytes:

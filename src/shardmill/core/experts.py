@@ -1,6 +1,7 @@
 """Fused expert stacks: three-dimensional tensors that hold one projection of every expert.
 
-Layouts of `gate_up_proj`, E experts, width I, hidden size H, and gate and up of expert e as `[out, in]`:
+Layouts of `gate_up_proj`, which Granite calls `input_linear` (and down `output_linear`), with E experts, width I,
+hidden size H, and gate and up of expert e as `[out, in]`:
 
     rows         [E, 2I, H]   T[e][:I]      T[e][I:]        down [E, H, I]  T[e]
     columns      [E, H, 2I]   T[e].T[:I]    T[e].T[I:]      down [E, I, H]  T[e].T
@@ -16,38 +17,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-HALVES: Final = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-"""Projections that one stack holds, in order."""
+from shardmill.core.architectures import published_layouts
 
-_ARCHITECTURES: Final = {
-    "gpt_oss": ("interleaved",),
-    "llama4": ("columns",),
-    "llama4_text": ("columns",),
-    "qwen3_vl_moe": ("rows", "columns"),
-    "qwen3_vl_moe_text": ("rows", "columns"),
-    **dict.fromkeys(
-        [
-            "mixtral",
-            "qwen2_moe",
-            "qwen3_moe",
-            "qwen3_next",
-            "qwen3_5_moe",
-            "qwen3_5_moe_text",
-            "olmoe",
-            "deepseek_v2",
-            "deepseek_v3",
-            "glm4_moe",
-            "ernie4_5_moe",
-            "minimax",
-            "minimax_m2",
-            "phimoe",
-            "jamba",
-            "dbrx",
-        ],
-        ("rows",),
-    ),
+HALVES: Final = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "down_proj": ("down_proj",),
+    "input_linear": ("w1", "w3"),
+    "output_linear": ("w2",),
 }
-"""Layouts that a model type is published in."""
+"""Projections that one stack holds, in order, by the leaf of its name."""
+STACK_PARENTS: Final = {
+    "gate_up_proj": "experts",
+    "down_proj": "experts",
+    "input_linear": "block_sparse_moe",
+    "output_linear": "block_sparse_moe",
+}
+"""Last component of the module that holds a stack, by leaf: elsewhere the same name means something else."""
 _WIDTHS: Final = (
     "moe_intermediate_size",
     "expert_intermediate_size",
@@ -61,12 +46,22 @@ _WIDTHS: Final = (
 class Stack:
     """The name of a fused expert stack, taken apart."""
 
-    prefix: str
-    """Module above the stack, ending in `experts`."""
+    parent: str
+    """Module that holds the stack."""
     leaf: str
-    """`gate_up_proj` or `down_proj`."""
+    """Key of `HALVES`."""
     param: str
     """`weight` or `bias`."""
+
+    @property
+    def whole(self) -> str:
+        """The stack as a module."""
+        return f"{self.parent}.{self.leaf}"
+
+    @property
+    def prefix(self) -> str:
+        """Module above its experts: the parent if that is called `experts`, else one of that name below it."""
+        return self.parent if STACK_PARENTS[self.leaf] == "experts" else f"{self.parent}.experts"
 
     def modules(self, expert: int) -> tuple[str, ...]:
         """Names of the two-dimensional modules of one expert."""
@@ -80,16 +75,19 @@ def parse_stack(name: str, shape: Sequence[int]) -> Stack | None:
     'model.layers.0.mlp.experts'
     >>> parse_stack("m.experts.gate_up_proj_blocks", (4, 8, 2)) is None
     True
+    >>> parse_stack("m.block_sparse_moe.input_linear.weight", (4, 8, 2)).modules(0)
+    ('m.block_sparse_moe.experts.0.w1', 'm.block_sparse_moe.experts.0.w3')
     """
     trimmed, param = name, "weight"
     for ending, kind in ((".weight", "weight"), (".bias", "bias"), ("_bias", "bias")):
         if name.endswith(ending):
             trimmed, param = name.removesuffix(ending), kind
             break
-    prefix, _, leaf = trimmed.rpartition(".")
-    if leaf not in HALVES or prefix.rpartition(".")[2] != "experts" or len(shape) != (3 if param == "weight" else 2):
+    parent, _, leaf = trimmed.rpartition(".")
+    expected = STACK_PARENTS.get(leaf)
+    if expected is None or parent.rpartition(".")[2] != expected or len(shape) != (3 if param == "weight" else 2):
         return None
-    return Stack(prefix, leaf, param)
+    return Stack(parent, leaf, param)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +115,7 @@ def read_sizes(config: Mapping[str, Any]) -> Sizes:
 
 
 def _fits(leaf: str, shape: Sequence[int], hidden: int, width: int) -> set[str]:
-    outer, inner = (2 * width, hidden) if leaf == "gate_up_proj" else (hidden, width)
+    outer, inner = (2 * width, hidden) if len(HALVES[leaf]) > 1 else (hidden, width)
     fits = {"rows"} if tuple(shape[1:]) == (outer, inner) else set()
     return fits | ({"transposed"} if tuple(shape[1:]) == (inner, outer) else set())
 
@@ -147,7 +145,7 @@ def choose_layout(shapes: Mapping[str, Sequence[int]], sizes: Sizes) -> str | No
     True
     """
     axes = _axes(shapes, sizes)
-    known = {layout for model in sizes.model_types for layout in _ARCHITECTURES.get(model, ())}
+    known = published_layouts(sizes.model_types)
     fitting = {layout for layout in known if ("rows" if layout == "rows" else "transposed") in axes}
     if not known and axes == {"rows"}:
         fitting = {"rows"}

@@ -9,7 +9,7 @@ from typing import Final
 
 from shardmill.core.dtypes import COMPUTABLE
 from shardmill.core.folding import fold_names
-from shardmill.core.fused import fused_sets, is_fusable
+from shardmill.core.fused import TABLE, FusedTable, fused_sets, is_fusable
 from shardmill.core.plan import COPY, ShardPlan
 from shardmill.core.receipt import WeightRecord
 from shardmill.core.recipe import Recipe
@@ -55,7 +55,7 @@ def _folded(names: Sequence[str]) -> str:
     return ", ".join(fold_names(names[:_FOLDED]))
 
 
-def check_partners(matrices: Iterable[tuple[str, str]]) -> list[Problem]:
+def check_partners(matrices: Iterable[tuple[str, str]], table: FusedTable = TABLE) -> list[Problem]:
     """Warn of fused sets that lack a member which their like in other layers have; one warning.
 
     Args:
@@ -65,7 +65,7 @@ def check_partners(matrices: Iterable[tuple[str, str]]) -> list[Problem]:
     place: dict[str, str] = {}
     for shard, module in matrices:
         parent, _, leaf = module.rpartition(".")
-        if is_fusable(module):
+        if is_fusable(module, table):
             leaves[parent].add(leaf)
             place.setdefault(parent, shard)
     whole: dict[str, set[str]] = defaultdict(set)
@@ -74,7 +74,7 @@ def check_partners(matrices: Iterable[tuple[str, str]]) -> list[Problem]:
     lacking = [
         (parent, present, missing)
         for parent, found in sorted(leaves.items())
-        if (missing := _missing(found, whole[_NUMBER.sub("#", parent)]))
+        if (missing := _missing(found, whole[_NUMBER.sub("#", parent)], table))
         for present in [", ".join(sorted(found))]
     ]
     if not lacking:
@@ -85,11 +85,11 @@ def check_partners(matrices: Iterable[tuple[str, str]]) -> list[Problem]:
     return [Problem(file=place[parent], tensor=parent, kind="fused-partner-missing", message=message)]
 
 
-def _missing(found: set[str], whole: set[str]) -> str:
+def _missing(found: set[str], whole: set[str], table: FusedTable) -> str:
     """Members of the fused sets of `found` that only `whole` has."""
     if found == whole:
         return ""
-    sets = [{name.rpartition(".")[2] for name in group} for group in fused_sets(f"m.{leaf}" for leaf in whole)]
+    sets = [{name.rpartition(".")[2] for name in group} for group in fused_sets([f"m.{leaf}" for leaf in whole], table)]
     return ", ".join(sorted({leaf for group in sets if group & found for leaf in group - found}))
 
 

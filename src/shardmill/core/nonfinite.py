@@ -7,11 +7,12 @@ with a weight that has none.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from shardmill.core.fused import fused_sets
+from shardmill.core.experts import STACK_PARENTS
+from shardmill.core.fused import FusedTable, fused_sets
 from shardmill.core.matching import split_name
 from shardmill.core.plan import COPY, Plan
 from shardmill.core.receipt import NonFinite
@@ -41,7 +42,7 @@ class Kept:
 def keep(plan: Plan, found: Iterable[NonFinite]) -> Kept:
     """Choose what is copied, from a plan that was made without looking at values and what was found there."""
     shards = {t.spec.name: shard.name for shard in plan.shards for t in shard.tensors if t.action != COPY}
-    layers = _layers(shards)
+    layers = _layers(shards, plan.recipe.fused_table)
     bad = {entry.tensor: entry for entry in found if entry.tensor in shards}
     reasons: dict[str, str] = {}
     warnings = []
@@ -59,7 +60,15 @@ def keep(plan: Plan, found: Iterable[NonFinite]) -> Kept:
     return Kept(reasons, tuple(warnings))
 
 
-def _layers(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+def _expert_layer(parts: Sequence[str]) -> str | None:
+    """The layer of experts that a tensor belongs to, by the components of its name."""
+    if _EXPERTS in parts:
+        return ".".join(parts[: parts.index(_EXPERTS) + 1])
+    stacked = [n for n, part in enumerate(parts) if n and STACK_PARENTS.get(part) == parts[n - 1]]
+    return ".".join([*parts[: stacked[0]], _EXPERTS]) if stacked else None
+
+
+def _layers(names: Iterable[str], table: FusedTable) -> dict[str, tuple[str, ...]]:
     """Everything that engines build into one layer, by the name of each tensor in it."""
     by_module: dict[str, list[str]] = {}
     by_parent: dict[str, list[str]] = {}
@@ -67,11 +76,11 @@ def _layers(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
         module = split_name(name)[0]
         by_module.setdefault(module, []).append(name)
         parts = name.split(".")
-        if _EXPERTS in parts:
-            by_parent.setdefault(".".join(parts[: parts.index(_EXPERTS) + 1]), []).append(name)
+        if (layer := _expert_layer(parts)) is not None:
+            by_parent.setdefault(layer, []).append(name)
     groups = [tuple(group) for group in by_parent.values()]
     in_experts = {name for group in groups for name in group}
-    for modules in fused_sets(by_module):
+    for modules in fused_sets(by_module, table):
         group = tuple(name for module in modules for name in by_module[module] if name not in in_experts)
         groups.append(group)
     return {name: group for group in groups for name in group}

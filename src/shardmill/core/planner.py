@@ -8,18 +8,21 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Final, NamedTuple
 
+from shardmill.core.architectures import loaded_names, past_last_layer, runtime_heads, transposed_leaves
+from shardmill.core.assemble import planned_groups, quantization_config, with_quantization
 from shardmill.core.dtypes import CODES, COMPUTABLE
 from shardmill.core.experts import Sizes, Stack, choose_layout, parse_stack, read_sizes
 from shardmill.core.findings import check_copies, check_partners
 from shardmill.core.foreign import levels
-from shardmill.core.fused import fused_leaves, may_fuse
+from shardmill.core.fused import TABLE, FusedTable, fused_leaves, may_fuse
 from shardmill.core.header import TensorSpec
+from shardmill.core.kv_cache import check_kv_scales
 from shardmill.core.limits import Limits, above
-from shardmill.core.matching import Matcher, split_name, templates
+from shardmill.core.matching import Matcher, PatternSet, split_name, templates
 from shardmill.core.nonfinite import VALUES_UNKNOWN, Kept
 from shardmill.core.plan import (
     COPY,
@@ -33,22 +36,54 @@ from shardmill.core.plan import (
     TensorRef,
 )
 from shardmill.core.recipe import Recipe
-from shardmill.core.roles import Role, has_digit_word, role_of, runtime_heads
+from shardmill.core.resolve import check_resolution
+from shardmill.core.roles import MTP, Role, has_digit_word, role_named, role_of
 from shardmill.core.scheme import Scheme
+from shardmill.core.targets import dense_spellings
 from shardmill.errors import Problem, show
 
 
 @lru_cache(maxsize=65_536)
-def _role_of_template(template: str) -> Role | None:
-    return role_of(template)
+def _role_of_template(template: str, off: frozenset[str]) -> Role | None:
+    return role_of(template, off)
 
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_ADDED = Role("added by the recipe", "the recipe says so")
 
 
-def _role(module: str) -> Role | None:
-    """Roles do not depend on layer numbers: look them up once per name without them. Digits in words count."""
-    return _role_of_template(_NUMBER.sub("0", module))
+@dataclass(frozen=True, slots=True)
+class _Roles:
+    """The table of roles as it holds for one checkpoint."""
+
+    off: frozenset[str]
+    added: PatternSet
+    past_last: re.Pattern[str] | None
+    """Finds the layers for multi-token prediction; None where there are none."""
+
+    @classmethod
+    def build(cls, checkpoint: Checkpoint, recipe: Recipe) -> _Roles:
+        off = frozenset(recipe.architecture.roles_off)
+        numbers = sorted(past_last_layer(checkpoint.config)) if MTP not in off else []
+        pattern = re.compile(rf"(?:^|\.)layers\.(?:{'|'.join(map(str, numbers))})\.") if numbers else None
+        return cls(off, PatternSet(list(recipe.architecture.roles_add)), pattern)
+
+    @property
+    def sees_digits(self) -> bool:
+        """Whether names of one template may have different roles."""
+        return self.past_last is not None or self.added.sees_digits
+
+    def mark(self, module: str) -> tuple[object, ...]:
+        """What tells modules of one template apart."""
+        return (self.past_last is not None and bool(self.past_last.search(module)), self.added.digit_hits(module))
+
+    def of(self, module: str) -> Role | None:
+        """The role of a module. Roles of the table do not depend on layer numbers; digits in words count."""
+        if self.added.match(module) is not None:
+            return _ADDED
+        if self.past_last is not None and self.past_last.search(module):
+            return role_named(MTP)
+        return _role_of_template(_NUMBER.sub("0", module), self.off)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +134,9 @@ class _Planner:
     sizes: Sizes
     matcher: Matcher
     limits: Limits
+    roles: _Roles
+    table: FusedTable
+    transposed_leaves: frozenset[str]
     layouts: dict[str, str | None] = field(default_factory=dict)
     """Layout of the expert stacks below a prefix."""
     problems: list[Problem] = field(default_factory=list)
@@ -111,6 +149,8 @@ class _Planner:
     """Groups of modules that may be fused."""
     kept: Mapping[str, str] = field(default_factory=dict)
     """Why a tensor is copied whatever else holds, by name."""
+    transposed: list[tuple[str, str]] = field(default_factory=list)
+    """`(shard, tensor)` of what would be quantized and is stored `[in, out]`."""
     split: dict[Stack, str] = field(default_factory=dict)
     """Tensor by the stack that its name stands for: with and without `.weight` are the same."""
 
@@ -127,6 +167,8 @@ class _Planner:
             kind: _Kind = (template, spec.dtype, spec.shape)
             if hits is not None:
                 kind = (*kind, hits(split_name(spec.name)[0]))
+            if self.roles.sees_digits:
+                kind = (*kind, self.roles.mark(split_name(spec.name)[0]))
             if has_digit_word(template):
                 kind = (*kind, spec.name)
             decision = self.known.get(kind)
@@ -138,16 +180,21 @@ class _Planner:
                     decision = self._decide_stack(spec, stack, shard.name)
             if spec.name in self.kept and decision.action != COPY:
                 decision = self._keep(spec, decision)
+            if decision.action == QUANTIZE and self._is_transposed(spec.name):
+                self.transposed.append((shard.name, spec.name))
             if decision.is_dense:
                 self.linear_modules.append(split_name(spec.name)[0])
             found.append(decision)
         return found
 
+    def _is_transposed(self, name: str) -> bool:
+        return bool(self.transposed_leaves) and split_name(split_name(name)[0])[1] in self.transposed_leaves
+
     def _keep(self, spec: TensorSpec, decision: _Decision) -> _Decision:
         """Copy a tensor that would be quantized or split; its modules stay dense."""
         stack = parse_stack(spec.name, spec.shape)
         if stack is not None and stack.param == "weight":
-            self.linear_modules += [f"{stack.prefix}.{stack.leaf}", *stack.modules(0)]
+            self.linear_modules += [stack.whole, *stack.modules(0)]
         is_dense = decision.action == QUANTIZE
         return decision._replace(action=COPY, reason=self.kept[spec.name], group=-1, layout=None, is_dense=is_dense)
 
@@ -170,7 +217,7 @@ class _Planner:
             if size and spec.shape[1] % size:
                 group, reason = -1, f"group_size {size} does not divide {spec.shape[1]}"
         fused_at = 0
-        if len(spec.shape) == 2 and may_fuse(templates([module])[0]):
+        if len(spec.shape) == 2 and may_fuse(templates([module])[0], self.table):
             fused_at = len(module.rpartition(".")[2]) + len(".weight")
             self.fused_groups.add(group)
         return _Decision(
@@ -190,7 +237,7 @@ class _Planner:
             return _Choice(-1, f"ignored by {show(ignored)}")
         if target is None:
             return _Choice(-1, "no target matches")
-        role = _role(module) if self.recipe.default_ignores else None
+        role = self.roles.of(module) if self.recipe.default_ignores else None
         if role is not None and not target.explicit:
             return _Choice(-1, f"default: {role.name} ({role.why})", by_role=True)
         return _Choice(target.group, f"target {show(target.pattern)}", target.pattern if target.explicit else None)
@@ -201,7 +248,7 @@ class _Planner:
             what = f"a stack of {spec.shape[0]} experts"
             self.problems.append(above("stack_experts", what, self.limits, file=shard, tensor=spec.name))
             return _Decision(COPY, "too many experts")
-        whole = f"{stack.prefix}.{stack.leaf}"
+        whole = stack.whole
         ignored = self.matcher.ignored_by(whole)
         found = {self._resolve(module) for expert in range(spec.shape[0]) for module in stack.modules(expert)}
         groups = {choice.group for choice in found}
@@ -254,7 +301,15 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe, kept: Kept | None = None)
     """
     sizes = read_sizes(checkpoint.config)
     matcher = Matcher.build([g.targets for g in recipe.groups], recipe.ignore)
-    planner = _Planner(recipe, sizes, matcher, checkpoint.intake.limits)
+    planner = _Planner(
+        recipe,
+        sizes,
+        matcher,
+        checkpoint.intake.limits,
+        _Roles.build(checkpoint, recipe),
+        recipe.fused_table,
+        transposed_leaves(sizes.model_types),
+    )
     planner.kept = kept.reasons if kept is not None else {}
     planner.layouts = _stack_layouts(checkpoint, sizes, recipe)
     schemes = tuple(group.scheme for group in recipe.groups)
@@ -271,17 +326,20 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe, kept: Kept | None = None)
         )
         for number, (shard, decisions) in enumerate(zip(checkpoint.shards, decided, strict=True))
     )
-    heads = runtime_heads(sizes.model_types)
+    heads = runtime_heads(sizes.model_types, recipe.architecture.heads)
     problems = [
         *checkpoint.problems,
         *planner.problems,
+        *_check_transposed(checkpoint, decided, planner),
+        *(check_kv_scales(checkpoint.shards) if recipe.kv_cache else ()),
         *_check_index(checkpoint),
         *_check_coverage(planner, shards, heads),
     ]
     problems += _check_config(checkpoint)
-    cautions = [*check_copies(shards), *check_partners(_fusable(checkpoint, decided))]
+    dense = {*planner.linear_modules, *heads, *loaded_names(planner.linear_modules, sizes.model_types)}
+    cautions = [*check_copies(shards), *check_partners(_fusable(checkpoint, decided), planner.table)]
     found = kept.warnings if kept is not None else VALUES_UNKNOWN if recipe.allow_nonfinite else ()
-    return Plan(
+    plan = Plan(
         recipe=recipe,
         shards=shards,
         index_name=None if checkpoint.index is None else checkpoint.index.name,
@@ -291,10 +349,57 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe, kept: Kept | None = None)
         left_out=checkpoint.left_out,
         rewritten=checkpoint.rewritten,
         allow_code=checkpoint.intake.allow_code,
-        ignore=_dense_modules({*planner.linear_modules, *heads}, shards),
+        ignore=_dense_modules(dense_spellings(dense), shards),
         problems=tuple(sorted(set(problems))),
         warnings=tuple(sorted({*checkpoint.warnings, *planner.warnings, *_partial_blocks(shards), *cautions, *found})),
     )
+    if plan.problems:
+        return plan
+    plan = replace(plan, problems=tuple(sorted(_check_config_resolves(plan, planner.linear_modules))))
+    return replace(plan, rewritten=with_quantization(plan))
+
+
+def _check_config_resolves(plan: Plan, dense: Iterable[str]) -> list[Problem]:
+    """Whether all readers find what was planned in the config that will be written."""
+    groups = planned_groups(plan)
+    rest = [module for module in dense if module and module not in groups.planned]
+    return check_resolution(
+        quantization_config(plan, groups),
+        groups.planned,
+        rest,
+        table=plan.recipe.fused_table,
+        runs_merged=not plan.recipe.partial_fused,
+    )
+
+
+def _check_transposed(
+    checkpoint: Checkpoint, decided: Sequence[Sequence[_Decision]], planner: _Planner
+) -> list[Problem]:
+    """Refuse weights that are stored `[in, out]`: known ones, and those with a bias as long as their rows."""
+    found = planner.transposed or list(_transposed_by_bias(checkpoint, decided))
+    if not found:
+        return []
+    shard, tensor = found[0]
+    message = f"expected weights stored [out, in], found [in, out] in this one and {len(found) - 1} more"
+    way_out = "ignore them, or convert the checkpoint to plain linear layers first"
+    return [Problem(file=shard, tensor=tensor, kind="weight-transposed", message=message, way_out=way_out)]
+
+
+def _transposed_by_bias(checkpoint: Checkpoint, decided: Sequence[Sequence[_Decision]]) -> Iterator[tuple[str, str]]:
+    biases = {
+        spec.name.removesuffix("bias"): spec.shape[0]
+        for shard in checkpoint.shards
+        for spec in shard.header.tensors
+        if spec.name.endswith(".bias") and len(spec.shape) == 1
+    }
+    if not biases:
+        return
+    for shard, decisions in zip(checkpoint.shards, decided, strict=True):
+        for spec, decision in zip(shard.header.tensors, decisions, strict=True):
+            if decision.action == QUANTIZE and len(spec.shape) == 2:
+                length = biases.get(spec.name.removesuffix("weight"))
+                if length is not None and length != spec.shape[0] and length == spec.shape[1]:
+                    yield shard.name, spec.name
 
 
 def _tensor_plans(
@@ -363,7 +468,7 @@ def _share_global_scales(
     scaled = frozenset(group for group in planner.fused_groups - {-1} if schemes[group].weights.has_global_scale)
     if len(planner.fused_groups) < 2 and not scaled:
         return shared
-    for members in _fused_members(checkpoint, decided):
+    for members in _fused_members(checkpoint, decided, planner.table):
         groups = {decision.group for _, _, decision in members}
         if len(groups) > 1:
             _check_fused(members, planner)
@@ -375,7 +480,9 @@ def _share_global_scales(
     return shared
 
 
-def _fused_members(checkpoint: Checkpoint, decided: Sequence[Sequence[_Decision]]) -> Iterator[list[_Row]]:
+def _fused_members(
+    checkpoint: Checkpoint, decided: Sequence[Sequence[_Decision]], table: FusedTable
+) -> Iterator[list[_Row]]:
     """Every fused set of two or more members, sorted by name."""
     below: defaultdict[str, list[_Row]] = defaultdict(list)
     for shard, decisions in zip(checkpoint.shards, decided, strict=True):
@@ -385,7 +492,7 @@ def _fused_members(checkpoint: Checkpoint, decided: Sequence[Sequence[_Decision]
     for parent, rows in below.items():
         if len(rows) > 1:
             start = len(parent)
-            for positions in _fused_positions(tuple([spec.name[start:] for _, spec, _ in rows])):
+            for positions in _fused_positions(tuple([spec.name[start:] for _, spec, _ in rows]), table):
                 yield [rows[position] for position in positions]
 
 
@@ -398,14 +505,14 @@ def _fusable(checkpoint: Checkpoint, decided: Sequence[Sequence[_Decision]]) -> 
 
 
 @lru_cache(maxsize=4096)
-def _fused_positions(weights: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+def _fused_positions(weights: tuple[str, ...], table: FusedTable = TABLE) -> tuple[tuple[int, ...], ...]:
     """Where the members of each fused set stand among the weights below one parent; of a name that repeats, the last.
 
     >>> _fused_positions(("up_proj.weight", "down_proj.weight", "gate_proj.weight"))
     ((2, 0),)
     """
     at = {weight.removesuffix(".weight"): position for position, weight in enumerate(weights)}
-    return tuple(tuple(at[leaf] for leaf in leaves) for leaves in fused_leaves(tuple(sorted(at))))
+    return tuple(tuple(at[leaf] for leaf in leaves) for leaves in fused_leaves(tuple(sorted(at)), table))
 
 
 def _check_fused(members: Sequence[_Row], planner: _Planner) -> None:

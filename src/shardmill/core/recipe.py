@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 
+from shardmill.core.architectures import NO_OVERRIDES, Overrides
+from shardmill.core.fused import TABLE, FusedTable
 from shardmill.core.matching import PatternSet
+from shardmill.core.roles import ROLES
 from shardmill.core.scheme import Scheme, parse_scheme, scheme_to_json, with_group_size
 from shardmill.errors import Problem, RecipeInvalid, show
 
@@ -43,6 +47,15 @@ class Recipe:
     """Layout of fused expert stacks, where the architecture does not tell."""
     allow_nonfinite: bool = False
     """Whether a weight that holds NaN or Inf is copied instead of refused, and with it what engines treat alike."""
+    architecture: Overrides = NO_OVERRIDES
+    """What is changed of the table that holds for the architecture."""
+    kv_cache: bool = False
+    """Whether the written config tells engines to quantize their cache to FP8, with the scales of the source."""
+
+    @property
+    def fused_table(self) -> FusedTable:
+        """Which modules engines merge, as this recipe has it."""
+        return _fused_table(self.architecture.fused_add, self.architecture.fused_off)
 
     def __post_init__(self) -> None:
         if not self.groups:
@@ -53,8 +66,16 @@ class Recipe:
             )
         if self.indivisible not in INDIVISIBLE:
             raise _invalid(f"indivisible must be one of {', '.join(INDIVISIBLE)}, found {show(str(self.indivisible))}")
-        for patterns in (self.ignore, *(group.targets for group in self.groups)):
+        known = [role.name for role in ROLES]
+        if unknown := [name for name in self.architecture.roles_off if name not in known]:
+            raise _invalid(f"there is no role {show(unknown[0])}", f"known: {', '.join(known)}")
+        for patterns in (self.ignore, self.architecture.roles_add, *(group.targets for group in self.groups)):
             PatternSet(patterns)
+
+
+@lru_cache(maxsize=64)
+def _fused_table(added: tuple[tuple[str, ...], ...], dropped: tuple[tuple[str, ...], ...]) -> FusedTable:
+    return FusedTable.build(added, dropped) if added or dropped else TABLE
 
 
 def _invalid(message: str, way_out: str = "") -> RecipeInvalid:
@@ -92,8 +113,11 @@ _FIELDS: Final = frozenset(
         "partial_fused",
         "expert_layout",
         "allow_nonfinite",
+        "architecture",
+        "kv_cache",
     }
 )
+_OVERRIDES: Final = ("roles_off", "roles_add", "fused_add", "fused_off", "heads")
 
 
 def parse_recipe(data: Any) -> Recipe:
@@ -121,17 +145,43 @@ def parse_recipe(data: Any) -> Recipe:
         raise _invalid("groups must be a list")
     options = {
         name: data[name]
-        for name in ("default_ignores", "indivisible", "partial_fused", "expert_layout", "allow_nonfinite")
+        for name in ("default_ignores", "indivisible", "partial_fused", "expert_layout", "allow_nonfinite", "kv_cache")
         if name in data
     }
-    for name in ("default_ignores", "partial_fused", "allow_nonfinite"):
+    for name in ("default_ignores", "partial_fused", "allow_nonfinite", "kv_cache"):
         if not isinstance(options.get(name, True), bool):
             raise _invalid(f"{name} must be true or false, found {options[name]!r}")
     return Recipe(
         groups=tuple(_parse_group(entry) for entry in entries),
         ignore=_patterns(data.get("ignore") or (), "ignore"),
+        architecture=_parse_overrides(data.get("architecture") or {}),
         **options,
     )
+
+
+def _parse_overrides(data: Any) -> Overrides:
+    """Build what a recipe changes of the architecture's table.
+
+    Raises:
+        RecipeInvalid: unknown field, or a value of the wrong type.
+    """
+    if not isinstance(data, Mapping):
+        raise _invalid(f"architecture must be a mapping, found {type(data).__name__}")
+    if unknown := sorted(set(map(str, data)) - set(_OVERRIDES)):
+        raise _invalid(f"architecture has no {', '.join(map(show, unknown))}", f"known: {', '.join(_OVERRIDES)}")
+    names = {name: _patterns(data.get(name) or (), name) for name in ("roles_off", "roles_add", "heads")}
+    return Overrides(**names, fused_add=_parse_rows(data, "fused_add", 2), fused_off=_parse_rows(data, "fused_off", 1))
+
+
+def _parse_rows(data: Mapping[str, Any], name: str, least: int) -> tuple[tuple[str, ...], ...]:
+    """Rows of leaf names."""
+    value = data.get(name) or ()
+    if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
+        raise _invalid(f"{name} must be a list of lists of leaf names, found {value!r}"[:200])
+    rows = tuple(_patterns(row, name) for row in value)
+    if wrong := [row for row in rows if len(row) < least or any("." in leaf for leaf in row)]:
+        raise _invalid(f"{name} holds {wrong[0]!r}, expected {least} or more leaf names without dots"[:200])
+    return rows
 
 
 def _parse_group(entry: Any) -> Group:
@@ -154,6 +204,7 @@ def recipe_to_json(recipe: Recipe) -> dict[str, Any]:
     >>> parse_recipe(recipe_to_json(uniform("NVFP4A16"))) == uniform("NVFP4A16")
     True
     """
+    changed = {name: value for name in _OVERRIDES if (value := _listed(getattr(recipe.architecture, name)))}
     return {
         "groups": [{"targets": list(g.targets), "scheme": scheme_to_json(g.scheme)} for g in recipe.groups],
         "ignore": list(recipe.ignore),
@@ -161,4 +212,12 @@ def recipe_to_json(recipe: Recipe) -> dict[str, Any]:
         "indivisible": recipe.indivisible,
         "partial_fused": recipe.partial_fused,
         "expert_layout": recipe.expert_layout,
-    } | ({"allow_nonfinite": True} if recipe.allow_nonfinite else {})  # as manifests were before it existed
+        # left out where they say nothing, as manifests were before they existed
+        **({"allow_nonfinite": True} if recipe.allow_nonfinite else {}),
+        **({"architecture": changed} if changed else {}),
+        **({"kv_cache": True} if recipe.kv_cache else {}),
+    }
+
+
+def _listed(value: tuple[Any, ...]) -> list[Any]:
+    return [list(entry) if isinstance(entry, tuple) else entry for entry in value]

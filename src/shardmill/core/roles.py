@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -31,23 +30,27 @@ ROLES: Final[tuple[Role, ...]] = (
         "vision or audio tower",
         "engines run it dense",
         anywhere=_words(
-            "visual vision_tower vision_model vision_encoder embed_vision audio_tower multi_modal_projector"
-            " mm_projector merger vision_adapter"
+            "visual vision_tower vision_model vision_encoder embed_vision embed_audio audio_tower audio_encoder"
+            " multi_modal_projector mm_projector merger vision_adapter vision_language_adapter patch_merger connector"
+            " vision_projection modality_projection image_embed audio_embed img_processor resampler vpm apm"
+            " mm_whisper_embeddings whisper_encoder speech_encoder sound_encoder vision_embedder mm_vision_tower"
         ),
+        pattern=r"^mlp1\.",
     ),
     Role(
         "embedding",
         "engines load few quantized embeddings, and heads are tied to them",
         _words(
             "embed_tokens tok_embeddings word_embeddings position_embeddings token_type_embeddings embed_positions wte"
-            " wpe embed_in embeddings pos_embed position_embedding embedding"
+            " wpe embed_in embeddings pos_embed position_embedding embedding embed_tokens_per_layer"
+            " relative_attention_bias rel_pos_bias shared"
         ),
     ),
     Role(
         "head",
         "accuracy, and heads are often tied",
         _words("lm_head embed_out output_layer proj_out classifier score"),
-        r"^output$|(^|\.)shared_head\.|^cls\.",
+        r"^output$|^head$|(^|\.)shared_head\.|^cls\.",
     ),
     Role(
         "router",
@@ -74,26 +77,43 @@ ROLES: Final[tuple[Role, ...]] = (
         _words("eh_proj enorm hnorm e_proj h_proj"),
         r"(^|\.)mtp(\.|$)",
     ),
-    Role("sensitive", "upstream recipes keep it dense", _words("weights_proj"), r"_latent_proj$|(^|\.)indexer\.wk$"),
+    Role(
+        "sensitive",
+        "upstream recipes keep it dense",
+        _words("weights_proj per_layer_input_gate per_layer_projection per_layer_model_projection"),
+        r"_latent_proj$|(^|\.)indexer\.wk$|(^|\.)(altup(_\w+)?|laurel)\.",
+    ),
 )
 
 
+TOWERS: Final = frozenset(word for role in ROLES for word in role.anywhere)
+"""Components below which everything has a role."""
+
+
 def has_digit_word(template: str) -> bool:
-    """Tell whether names of a template may differ in role by a digit: those with a convolution's word in them.
+    """Tell whether names of a template may differ in role by a digit: the words of the table that have one.
 
-    >>> has_digit_word("model.conv0d.weight"), has_digit_word("model.layers.00.w0.weight")
-    (True, False)
+    >>> has_digit_word("model.conv0d.weight"), has_digit_word("mlp0.0.weight"), has_digit_word("layers.00.w0.weight")
+    (True, True, False)
     """
-    return "conv0d" in template.lower()
+    lower = template.lower()
+    return "conv0d" in lower or lower.startswith("mlp0.")
 
 
-TIED_HEADS: Final = ("lm_head",)
-"""Heads that exist at run time although no tensor does; always named in the written `ignore`."""
-_TIED_BY_MODEL: Final = {"whisper": "proj_out", "bert": "cls.predictions.decoder"}
+MTP: Final = "multi-token prediction"
+"""The role that whole layers past the last one have, too; see `architectures.past_last_layer`."""
 
 
-def role_of(module: str) -> Role | None:
+def role_named(name: str) -> Role:
+    """The row of that name."""
+    return next(role for role in ROLES if role.name == name)
+
+
+def role_of(module: str, off: frozenset[str] = frozenset()) -> Role | None:
     """Return the first role whose table row fits the module, if any.
+
+    Args:
+        off: names of roles that are passed over.
 
     >>> role_of("model.layers.0.mlp.gate").name, role_of("model.layers.0.mlp.gate_proj")
     ('router', None)
@@ -101,17 +121,10 @@ def role_of(module: str) -> Role | None:
     lower = module.lower()
     parts = lower.split(".")
     for role in ROLES:
+        if role.name in off:
+            continue
         if parts[-1] in role.leaves or (role.anywhere and not role.anywhere.isdisjoint(parts)):
             return role
         if role.pattern and re.search(role.pattern, lower):
             return role
     return None
-
-
-def runtime_heads(model_types: Iterable[str]) -> tuple[str, ...]:
-    """Names of heads that engines create without a tensor on disk.
-
-    >>> runtime_heads(["llama"]), runtime_heads(["whisper"])
-    (('lm_head',), ('lm_head', 'proj_out'))
-    """
-    return TIED_HEADS + tuple(_TIED_BY_MODEL[model] for model in model_types if model in _TIED_BY_MODEL)

@@ -17,6 +17,7 @@ from shardmill.core.manifest import Manifest, Totals, parse_manifest
 from shardmill.core.plan import COPY, Plan, ShardPlan, TensorPlan
 from shardmill.core.receipt import WeightRecord
 from shardmill.core.recipe import recipe_to_json
+from shardmill.core.table import resolve_table, table_document
 from shardmill.errors import Problem, show
 
 PLAN_SCHEMA: Final = 1
@@ -269,6 +270,7 @@ def plan_document(plan: Plan, problems: Sequence[Problem] | None = None) -> dict
         "bits_per_weight": summary.bits_per_weight if summary else None,
         "quantized_bits_per_weight": summary.quantized_bits_per_weight if summary else None,
         "recipe": recipe_to_json(plan.recipe),
+        "architecture": table_document(resolve_table(plan)),
         "ignore": list(plan.ignore),
         "files": list(plan.files),
         "files_not_copied": [{"file": name, "reason": reason} for name, reason in plan.left_out],

@@ -10,15 +10,17 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from shardmill.core.dtypes import CODES
-from shardmill.core.fused import fused_sets
+from shardmill.core.fused import TABLE, FusedTable, fused_sets
 from shardmill.core.header import TensorSpec
 from shardmill.core.index import CheckpointIndex
 from shardmill.core.layout import OutputSpec, quantized_outputs
 from shardmill.core.manifest import Manifest, ManifestShard
 from shardmill.core.matching import CATCH_ALL, Matcher, split_name
 from shardmill.core.plan import COPY, SPLIT, SourceShard
+from shardmill.core.resolve import check_resolution
 from shardmill.core.roles import role_of
 from shardmill.core.scheme import ActivationArgs, Scheme, WeightArgs, parse_weight_args, weight_args_to_json
+from shardmill.core.serving import Served
 from shardmill.errors import Problem, Refused, show
 
 CONFIG_NAME: Final = "config.json"
@@ -298,14 +300,16 @@ def check_dense(
     return problems
 
 
-def check_global_scales(modules: Mapping[str, Mapping[str, Located]], values: Mapping[str, float]) -> list[Problem]:
+def check_global_scales(
+    modules: Mapping[str, Mapping[str, Located]], values: Mapping[str, float], table: FusedTable = TABLE
+) -> list[Problem]:
     """Members of a fused set have one global scale: engines merge them and keep only one.
 
     Args:
         values: of `weight_global_scale`, by module.
     """
     problems = []
-    for members in fused_sets(module for module in modules if module in values):
+    for members in fused_sets((module for module in modules if module in values), table):
         if len({values[member] for member in members}) > 1:
             each = ", ".join(f"{member.rpartition('.')[2]} {values[member]:.6g}" for member in members)
             problems.append(
@@ -318,6 +322,44 @@ def check_global_scales(modules: Mapping[str, Mapping[str, Located]], values: Ma
                 )
             )
     return problems
+
+
+def check_readers(
+    section: Mapping[str, Any],
+    config: WrittenConfig,
+    modules: Iterable[str],
+    tensors: Mapping[str, Located],
+    table: FusedTable = TABLE,
+    *,
+    runs_merged: bool = True,
+) -> list[Problem]:
+    """Every reader gives every module what its params are: see `resolve`."""
+    quantized = {module: group.name for module in modules if (group := config.group_of(module)) is not None}
+    dense = [
+        module
+        for name, located in tensors.items()
+        for module, param in [split_name(name)]
+        if param == "weight" and len(located.spec.shape) == 2 and 0 not in located.spec.shape
+        if module and module not in quantized
+    ]
+    return check_resolution(section, quantized, dense, table=table, runs_merged=runs_merged)
+
+
+def served_by_result(
+    config: WrittenConfig,
+    modules: Mapping[str, Mapping[str, Located]],
+    tensors: Mapping[str, Located],
+    stored: Mapping[str, tuple[int, int]],
+) -> Iterator[Served]:
+    """The linear modules of a finished checkpoint, for `serving`."""
+    for module, params in modules.items():
+        shape, group = code_shape(params, stored), config.group_of(module)
+        if shape is not None and group is not None:
+            yield Served(module, *shape, group.scheme)
+    for name, located in tensors.items():
+        module, param = split_name(name)
+        if param == "weight" and len(located.spec.shape) == 2 and module not in modules:
+            yield Served(module, *located.spec.shape, None)
 
 
 def check_manifest(manifest: Manifest, shards: Iterable[SourceShard], *, is_complete: bool) -> list[Problem]:

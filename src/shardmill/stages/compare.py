@@ -39,7 +39,9 @@ _TINY: Final = 1e-4
 """Difference of relative errors that rounding explains: some formats are given back in 16 bits."""
 _NOTHING: Final = "re:(?!)"
 """A pattern that matches no name."""
-_EXPECTED_KINDS: Final = frozenset({"pattern-unmatched", "nothing-matched", "fused-set-split"})
+_EXPECTED_KINDS: Final = frozenset(
+    {"pattern-unmatched", "nothing-matched", "fused-set-split", "config-unresolved", "weight-transposed"}
+)
 """Findings about a plan that is made to compare a result with its source, not to be executed."""
 _EXPERT_KINDS: Final = frozenset({"expert-layout", "experts-differ"})
 

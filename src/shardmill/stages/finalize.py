@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from shardmill.core import assemble
 from shardmill.core.digest import Digest, digest_json
+from shardmill.core.groups import LAYOUT_VERSION
 from shardmill.core.outcome import ShardOutcome
 from shardmill.core.plan import Plan
 from shardmill.core.receipt import Receipt
@@ -131,7 +132,7 @@ def _manifest(plan: Plan, outcomes: Sequence[ShardOutcome], files: Mapping[str, 
     receipts = {outcome.shard: outcome.receipt for outcome in outcomes}
     sources = dict(sorted({pair for outcome in outcomes for pair in outcome.sources}))
     digest = assemble.plan_digest(plan, {name: receipt.key for name, receipt in receipts.items()}, files)
-    versions = {"shardmill": version("shardmill"), "compressed-tensors layout": assemble.LAYOUT_VERSION}
+    versions = {"shardmill": version("shardmill"), "compressed-tensors layout": LAYOUT_VERSION}
     return assemble.manifest(plan, receipts, digest=digest, sources=sources, file_digests=files, versions=versions)
 
 

@@ -14,8 +14,12 @@ from typing import Final
 
 from shardmill.core.assemble import CONFIG_NAME, MANIFEST_NAME, result_digest
 from shardmill.core.digest import Digest
+from shardmill.core.experts import read_sizes
 from shardmill.core.foreign import PICKLE, WEIGHTS
+from shardmill.core.fused import TABLE
 from shardmill.core.manifest import Manifest
+from shardmill.core.plan import SPLIT
+from shardmill.core.serving import check_serving, read_setting
 from shardmill.core.written import (
     Located,
     check_dense,
@@ -23,6 +27,8 @@ from shardmill.core.written import (
     check_index,
     check_manifest,
     check_modules,
+    check_readers,
+    served_by_result,
 )
 from shardmill.errors import CheckpointInvalid, Problem, show
 from shardmill.stages.compare import Comparison, verify_against
@@ -30,7 +36,7 @@ from shardmill.stages.result import Readers, Result, VerifyWatch, read_result, s
 from shardmill.storage.hashing import hash_file
 from shardmill.storage.source import SourceFolder
 
-__all__ = ["Comparison", "VerifyWatch", "verify", "verify_against"]
+__all__ = ["Comparison", "VerifyWatch", "serving_warnings", "verify", "verify_against"]
 
 _HASHERS: Final = 4
 _SCALES: Final = ("weight_scale", "weight_global_scale")
@@ -52,6 +58,7 @@ def verify(destination: str, watch: VerifyWatch | None = None) -> list[Problem]:
     problems += check_index(result.checkpoint.index, result.checkpoint.shards)
     problems += check_dense(result.config, result.tensors, result.modules, is_strict=result.is_ours)
     problems += _check_library(result, told)
+    problems += _check_readers(result, told)
     with ExitStack() as stack:
         problems += _check_values(result, Readers(result.folder, stack))
     if result.manifest is not None:
@@ -95,6 +102,47 @@ def _check_library(result: Result, watch: VerifyWatch) -> list[Problem]:
     return []
 
 
+def _check_readers(result: Result, watch: VerifyWatch) -> list[Problem]:
+    """All readers agree on what is quantized how; what is found of other tools' results is told and no problem."""
+    section = result.checkpoint.config.get("quantization_config")
+    if result.config.problems or not isinstance(section, dict):
+        return []
+    recipe = result.manifest.recipe if result.manifest else None
+    found = check_readers(
+        section,
+        result.config,
+        result.modules,
+        result.tensors,
+        recipe.fused_table if recipe else TABLE,
+        runs_merged=not (recipe and recipe.partial_fused),
+    )
+    if result.is_ours:
+        return found
+    for problem in found:
+        watch.on_note(str(problem))
+    return []
+
+
+def serving_warnings(destination: str, tp: int = 1) -> list[Problem]:
+    """What may keep an engine from loading a finished checkpoint; nothing of it is wrong.
+
+    Raises:
+        CheckpointInvalid: there is no such folder.
+    """
+    result = read_result(destination)
+    if result.checkpoint.problems or result.config.problems:
+        return []
+    with ExitStack() as stack:
+        stored = stored_shapes(result, Readers(result.folder, stack))
+    recipe = result.manifest.recipe if result.manifest else None
+    config = result.checkpoint.config
+    told = result.manifest.shards if result.manifest else ()
+    splits = any(tensor.action == SPLIT for shard in told for tensor in shard.tensors)
+    setting = read_setting(config, tp, read_sizes(config).model_types, split_experts=splits)
+    served = served_by_result(result.config, result.modules, result.tensors, stored)
+    return check_serving(served, setting, recipe.fused_table if recipe else TABLE)
+
+
 def _check_values(result: Result, readers: Readers) -> list[Problem]:
     """What takes a look at small tensors: shapes, scales, and global scales of fused sets."""
     problems: list[Problem] = []
@@ -109,7 +157,8 @@ def _check_values(result: Result, readers: Readers) -> list[Problem]:
         scale = params.get("weight_global_scale")
         if scale is not None and scale.spec.dtype == "F32" and scale.spec.nbytes == 4:
             global_scales[module] = struct.unpack("<f", readers.whole(scale))[0]
-    return problems + check_global_scales(result.modules, global_scales)
+    table = result.manifest.recipe.fused_table if result.manifest else TABLE
+    return problems + check_global_scales(result.modules, global_scales, table)
 
 
 def _check_scale(located: Located, readers: Readers) -> list[Problem]:

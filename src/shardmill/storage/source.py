@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
 
+from shardmill.core.assemble import PARAMS_NAME
 from shardmill.core.foreign import code_removed, is_config, names_code, sort_files, without_code
 from shardmill.core.header import LENGTH_BYTES, ShardHeader, header_length, parse_header
 from shardmill.core.index import INDEX_NAME, SINGLE_NAME, CheckpointIndex, choose_index, is_index_name, parse_index
@@ -276,7 +277,7 @@ def _read_configs(
     source: SourceFolder, copied: Iterable[str], problems: list[Problem]
 ) -> tuple[str, tuple[tuple[str, str], ...], list[Problem]]:
     """Text of config.json, other configs that are written anew, and a warning for each that refers to code."""
-    others = [name for name in copied if is_config(name)]
+    others = [name for name in copied if is_config(name) or name == PARAMS_NAME]
     with ThreadPoolExecutor(_READERS) as pool:
         reads = pool.map(lambda name: _read_config(source, name), [CONFIG_NAME, *others])
         config, *found = list(reads)
@@ -289,7 +290,9 @@ def _read_configs(
             continue
         document, raw = result
         text = raw if name == CONFIG_NAME else text
-        if names_code(document):
+        if name == PARAMS_NAME:
+            rewritten.append((name, raw))  # the plan puts its scheme into it
+        elif names_code(document):
             warnings.append(code_removed(name, is_kept=source.intake.allow_code))
             if name != CONFIG_NAME and not source.intake.allow_code:
                 rewritten.append((name, without_code(document)))
