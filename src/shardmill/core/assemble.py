@@ -44,7 +44,8 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
         if not targets[number]:
             continue
         scheme = scheme_to_json(group.scheme)
-        scheme.pop("preset", None)
+        for own in ("preset", "search"):  # ours, and nothing that a loader knows
+            scheme.pop(own, None)
         formats.append(group.scheme.format)
         groups[f"group_{number:02d}"] = {
             "targets": targets[number],

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from shardmill.core.matching import PatternSet
-from shardmill.core.scheme import Scheme, parse_scheme, scheme_to_json, with_group_size
+from shardmill.core.scheme import Scheme, Search, parse_scheme, parse_search, scheme_to_json, with_group_size
 from shardmill.errors import Problem, RecipeInvalid, show
 
 EXPERT_LAYOUTS: Final = ("rows", "columns", "interleaved")
@@ -80,6 +80,16 @@ def uniform(scheme: str | Mapping[str, Any] | Scheme, ignore: str | Sequence[str
     return Recipe(groups=(Group(scheme=parsed),), ignore=_patterns(ignore, "ignore"), **options)
 
 
+def with_search(recipe: Recipe, search: Search | None) -> Recipe:
+    """Return a recipe whose groups all choose their scales like this.
+
+    >>> with_search(uniform("W4A16"), Search()).groups[0].scheme.label
+    'W4A16 mse'
+    """
+    groups = tuple(replace(group, scheme=replace(group.scheme, search=search)) for group in recipe.groups)
+    return replace(recipe, groups=groups)
+
+
 _FIELDS: Final = frozenset(
     {
         "scheme",
@@ -92,6 +102,7 @@ _FIELDS: Final = frozenset(
         "partial_fused",
         "expert_layout",
         "allow_nonfinite",
+        "search",
     }
 )
 
@@ -99,7 +110,8 @@ _FIELDS: Final = frozenset(
 def parse_recipe(data: Any) -> Recipe:
     """Build a recipe from a mapping, as a recipe file holds it.
 
-    Either `scheme` (with optional `group_size` and `targets`) or `groups`, a list of such mappings by priority.
+    Either `scheme` (with optional `group_size` and `targets`) or `groups`, a list of such mappings by priority. `search`
+    holds for all groups without one of their own.
 
     Raises:
         RecipeInvalid: unknown field, wrong type, unknown or impossible scheme, invalid pattern.
@@ -128,23 +140,26 @@ def parse_recipe(data: Any) -> Recipe:
         if not isinstance(options.get(name, True), bool):
             raise _invalid(f"{name} must be true or false, found {options[name]!r}")
     return Recipe(
-        groups=tuple(_parse_group(entry) for entry in entries),
+        groups=tuple(_parse_group(entry, data.get("search")) for entry in entries),
         ignore=_patterns(data.get("ignore") or (), "ignore"),
         **options,
     )
 
 
-def _parse_group(entry: Any) -> Group:
+def _parse_group(entry: Any, search: Any) -> Group:
     if not isinstance(entry, Mapping) or "scheme" not in entry:
         raise _invalid("each group is a mapping with `scheme` and `targets`")
-    unknown = sorted(set(map(str, entry)) - {"scheme", "targets", "group_size"})
+    unknown = sorted(set(map(str, entry)) - {"scheme", "targets", "group_size", "search"})
     if unknown:
         raise _invalid(
-            f"a group has unknown fields: {', '.join(map(show, unknown))}", "known: scheme, targets, group_size"
+            f"a group has unknown fields: {', '.join(map(show, unknown))}", "known: scheme, targets, group_size, search"
         )
     scheme = parse_scheme(entry["scheme"])
     if entry.get("group_size") is not None:
         scheme = with_group_size(scheme, entry["group_size"])
+    search = entry.get("search", search)
+    if search is not None:
+        scheme = replace(scheme, search=parse_search(search))
     return Group(scheme=scheme, targets=_patterns(entry.get("targets") or ("Linear",), "targets"))
 
 

@@ -25,11 +25,12 @@ import numpy as np
 import numpy.typing as npt
 
 from shardmill.core.dtypes import BITS, COMPUTABLE
-from shardmill.core.scheme import WeightArgs
+from shardmill.core.scheme import Search, WeightArgs
+from shardmill.core.search import NVFP4_HEADROOM, code_bounds, moves_of
 from shardmill.core.statistics import Extent, Statistics
 
 if TYPE_CHECKING:
-    from shardmill.kernels.compiled import Codec, Found, Rule, Tiling
+    from shardmill.kernels.compiled import Codec, Found, Outputs, Rule, Tiling
 
 Array = npt.NDArray[Any]
 Buffer = bytearray | memoryview | Array
@@ -166,7 +167,7 @@ def is_finite(rows: Array, dtype: str) -> bool:
     return isfinite(measure(rows, dtype).amax)
 
 
-def global_scale(extent: Extent) -> npt.NDArray[np.float32]:
+def global_scale(extent: Extent, *, is_searched: bool = False) -> npt.NDArray[np.float32]:
     """Choose the second-level scale of NVFP4 as `reference.global_scale` does.
 
     >>> global_scale(Extent(high=1.75)).item()
@@ -175,7 +176,8 @@ def global_scale(extent: Extent) -> npt.NDArray[np.float32]:
     with np.errstate(all="ignore"):
         amax = np.maximum(np.array([extent.amax], np.float32), np.finfo(np.float32).tiny)
         scale = np.float32(1) / amax * np.float32(2688)
-    return np.where(np.isfinite(scale), scale, np.float32(1)).astype(np.float32)
+    scale = np.where(np.isfinite(scale), scale, np.float32(1))
+    return (scale * np.float32(NVFP4_HEADROOM if is_searched else 1)).astype(np.float32)
 
 
 def encode(
@@ -186,6 +188,7 @@ def encode(
     format: str,  # noqa: A002 - the glossary's word
     scale_dtype: str,
     whole: Extent | None = None,
+    search: Search | None = None,
     workspace: Workspace | None = None,
 ) -> Encoded:
     """Quantize one row block of a weight, as `reference.encode`.
@@ -197,6 +200,7 @@ def encode(
         format: as `Scheme.format`.
         scale_dtype: safetensors name of the dtype of FP8 and INT scales.
         whole: extent of the tensor (strategy `tensor`) or of its fused set (`tensor_group`).
+        search: how scales are chosen; None: from the extremes of each tile alone.
         workspace: the codes returned lie in its memory and last until its next use.
 
     Raises:
@@ -210,7 +214,7 @@ def encode(
     room = (workspace or Workspace()).take(tiling.rows * stride + loops.SLACK)
     octets = room[: -loops.SLACK]
     grid = -(-tiling.rows // tiling.height), -(-tiling.cols // tiling.width)
-    rule = _rule(args, scale_dtype, whole)
+    rule = _rule(args, scale_dtype, whole, is_searched=search is not None)
     is_narrow = args.scale_dtype is not None
     out = loops.Outputs(
         room,
@@ -220,6 +224,9 @@ def encode(
     )
     tiles, work = loops.new_tiles(grid[1]), loops.new_work(bits[: tiling.cols], tiling.width)
     found: Found = loops.encode(bits, tiling, codec, rule, tiles, work, out)
+    if search is not None:
+        _search(bits, tiling, codec, rule, args, search, out)
+        found = loops.encode(bits, tiling, codec, rule._replace(is_given=True), tiles, work, out)
     name, codes = _codes(octets, args, format, tiling)
     tensors = {name: codes, "weight_scale": out.exponents if is_narrow else _scales(out.scales, scale_dtype)}
     if not args.symmetric:
@@ -296,7 +303,7 @@ def _codec(args: WeightArgs, width: int, *, is_packed: bool) -> Codec:
     return codec
 
 
-def _rule(args: WeightArgs, scale_dtype: str, whole: Extent | None) -> Rule:
+def _rule(args: WeightArgs, scale_dtype: str, whole: Extent | None, *, is_searched: bool) -> Rule:
     loops = _compiled()
     is_fixed = args.strategy == "tensor"
     if whole is None and (is_fixed or args.has_global_scale):
@@ -308,13 +315,38 @@ def _rule(args: WeightArgs, scale_dtype: str, whole: Extent | None) -> Rule:
     rule: Rule = loops.Rule(
         kind=kind,
         code_max=np.float32(args.code_max),
-        shared=global_scale(extent)[0] if args.has_global_scale else np.float32(1),
+        shared=global_scale(extent, is_searched=is_searched)[0] if args.has_global_scale else np.float32(1),
         mx_offset=np.uint32(_MX_OFFSET.get(args.num_bits, 0)),
         is_fixed=is_fixed,
         low=np.float32(extent.low),
         high=np.float32(extent.amax if args.symmetric else extent.high),
+        is_given=False,
     )
     return rule
+
+
+def _search(
+    bits: Array, tiling: Tiling, codec: Codec, rule: Rule, args: WeightArgs, search: Search, out: Outputs
+) -> None:
+    """Replace the min/max scales of a row block in `out` by better ones."""
+    from shardmill.kernels import compiled_search as hunting  # compiles for seconds, and few ask for it
+
+    moves, halves = moves_of(args), round(2 * search.norm)
+    is_wide = args.strategy in ("channel", "block") or tiling.width > hunting.NARROW
+    magic, (first, last) = np.float32(moves.magic), code_bounds(args)
+    hunt = hunting.Hunt(
+        moves=np.array(moves.moves, np.int32),
+        unit=np.float32(moves.unit),
+        magic=magic,
+        most=np.nextafter(magic, np.float32(0)),
+        halves=halves,
+        first=np.uint32(first),
+        span=np.uint32(last - first + 1),
+    )
+    values = np.empty(bits.size, np.float32)
+    _compiled().widen(bits, tiling.is_half, values)
+    run = hunting.searcher(codec.kind, halves == 4)
+    run(values, tiling, is_wide, rule, codec, hunt, hunting.new_bench(tiling, is_wide), out)
 
 
 def _codes(octets: Array, args: WeightArgs, format: str, tiling: Tiling) -> tuple[str, Array]:  # noqa: A002 - as above

@@ -194,6 +194,41 @@ def _generate_words(_typing: Any, lanes: Any) -> Any:
     return out(lanes), generate
 
 
+def _generate_doubles(_typing: Any, lanes: Any) -> Any:
+    """Float32 numbers, or 32-bit whole ones, as float64: all exactly."""
+    out = Lanes(types.float64, lanes.count)
+
+    def generate(context: Any, builder: Any, _: Any, x: Any) -> Any:
+        convert = builder.fpext if isinstance(lanes.dtype, types.Float) else builder.uitofp
+        return convert(x[0], _vector(context, out))
+
+    return out(lanes), generate
+
+
+def _generate_root(_typing: Any, lanes: Any) -> Any:
+    """Square roots of float lanes, correctly rounded."""
+
+    def generate(context: Any, builder: Any, _: Any, x: Any) -> Any:
+        kind = _vector(context, lanes)
+        name = f"llvm.sqrt.v{lanes.count}f{lanes.dtype.bitwidth}"
+        root = builder.module.declare_intrinsic(name, (), ir.FunctionType(kind, [kind]))
+        return builder.call(root, [x[0]])
+
+    return lanes(lanes), generate
+
+
+def _generate_power_of_two(_typing: Any, lanes: Any) -> Any:
+    """Float64 numbers of which 32-bit lanes are the biased exponents."""
+    out = Lanes(types.float64, lanes.count)
+
+    def generate(context: Any, builder: Any, _: Any, x: Any) -> Any:
+        wide = ir.VectorType(ir.IntType(64), lanes.count)
+        shift = ir.Constant(wide, [52] * lanes.count)
+        return builder.bitcast(builder.shl(builder.zext(x[0], wide), shift), _vector(context, out))
+
+    return out(lanes), generate
+
+
 def _generate_octets(_typing: Any, lanes: Any) -> Any:
     """Low bytes of lanes."""
     out = Lanes(types.uint8, lanes.count)
@@ -310,6 +345,9 @@ splat: Final[Any] = intrinsic(prefer_literal=True)(_generate_splat)
 bits: Final[Any] = intrinsic(_generate_bits)
 floats: Final[Any] = intrinsic(_generate_floats)
 words: Final[Any] = intrinsic(_generate_words)
+doubles: Final[Any] = intrinsic(_generate_doubles)
+power_of_two: Final[Any] = intrinsic(_generate_power_of_two)
+root: Final[Any] = intrinsic(_generate_root)
 octets: Final[Any] = intrinsic(_generate_octets)
 twos: Final[Any] = intrinsic(_generate_twos)
 lows: Final[Any] = intrinsic(_generate_lows)
