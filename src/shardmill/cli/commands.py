@@ -88,9 +88,6 @@ def run(options: Options, console: Console) -> int:
     from shardmill.stages.pipeline import run as run_stages
     from shardmill.stages.plan import Locations
 
-    if options.search != "none":
-        message = "search `mse` is not available in this version"
-        raise RecipeInvalid([Problem(kind="search-unavailable", message=message, way_out="use --search none")])
     recipe = read_recipe(options)
     locations = Locations(
         source=options.source, destination=options.destination, store=options.store, intake=read_intake(options)

@@ -110,8 +110,8 @@ _FIELDS: Final = frozenset(
 def parse_recipe(data: Any) -> Recipe:
     """Build a recipe from a mapping, as a recipe file holds it.
 
-    Either `scheme` (with optional `group_size` and `targets`) or `groups`, a list of such mappings by priority. `search`
-    holds for all groups without one of their own.
+    Either `scheme` (with optional `group_size` and `targets`) or `groups`, a list of such mappings by priority.
+    `search` holds for all groups without one of their own.
 
     Raises:
         RecipeInvalid: unknown field, wrong type, unknown or impossible scheme, invalid pattern.

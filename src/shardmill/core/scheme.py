@@ -392,6 +392,11 @@ def parse_activation_args(data: Mapping[str, Any] | None) -> ActivationArgs | No
     return ActivationArgs(**args)
 
 
+_SCHEME_FIELDS: Final = frozenset(
+    {"weights", "input_activations", "output_activations", "format", "targets", "preset", "search"}
+)
+
+
 def parse_scheme(data: str | Mapping[str, Any]) -> Scheme:
     """Build a scheme from a preset name or a mapping with `weights` and `input_activations`.
 
@@ -402,7 +407,7 @@ def parse_scheme(data: str | Mapping[str, Any]) -> Scheme:
         return preset(data)
     if not isinstance(data, Mapping):
         raise _invalid(f"a scheme is a preset name or a mapping, found {type(data).__name__}")
-    unknown = sorted(set(data) - {"weights", "input_activations", "output_activations", "format", "targets", "preset", "search"})
+    unknown = sorted(set(data) - _SCHEME_FIELDS)
     if unknown:
         raise _invalid(f"scheme has unknown fields: {', '.join(map(show, unknown))}")
     if data.get("weights") is None:

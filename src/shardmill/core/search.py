@@ -75,8 +75,10 @@ class Moves:
 def moves_of(args: WeightArgs) -> Moves:
     """Tell what is tried for a scheme.
 
-    >>> [move.position for move in moves_of(WeightArgs(type="float", strategy="group", group_size=32,
-    ...     scale_dtype="uint8")).moves]
+    >>> [
+    ...     move.position
+    ...     for move in moves_of(WeightArgs(type="float", strategy="group", group_size=32, scale_dtype="uint8")).moves
+    ... ]
     [-1]
     """
     if args.has_global_scale:
@@ -114,7 +116,6 @@ def _refining(ratios: Ratios, *, is_shifted: bool) -> Iterator[Move]:
         if is_shifted:
             yield from (Move(stage, 0, shift) for shift in (-1, 1))
             stage += 1
-
 
 
 def code_bounds(args: WeightArgs) -> tuple[int, int]:

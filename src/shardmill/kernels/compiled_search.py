@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,8 +34,6 @@ from shardmill.kernels.compiled import (
     spliced,
 )
 from shardmill.kernels.vectors import COUNT, Vector
-
-Doubles = npt.NDArray[np.float64]
 
 NARROW: Final = 256
 """Elements of a tile up to which `COUNT` tiles are searched at a time."""
@@ -109,7 +107,7 @@ def _count_as(
             quotient = vectors.load(values, j, COUNT) * inverse
             if kind == SHIFTED:
                 quotient = quotient + offset
-            if kind == FLOAT8 or kind == FLOAT4:
+            if kind in (FLOAT8, FLOAT4):
                 quotient = vectors.floats(vectors.bits(quotient) & _MAGNITUDE)
             error = quotient - _rounded(kind, quotient, codec)
             if is_plain:
@@ -133,7 +131,6 @@ def _power(values: Vector, halves: int) -> Vector:
     return found
 
 
-
 @spliced
 def _exact_as(
     kind: int, values: Floats, step: Vector, offset: Vector, quantum: Vector, codec: Codec, hunt: Hunt
@@ -145,7 +142,7 @@ def _exact_as(
         quotient = sized / step
         if kind == SHIFTED:
             quotient = quotient + offset
-        if kind == FLOAT8 or kind == FLOAT4:
+        if kind in (FLOAT8, FLOAT4):
             quotient = vectors.floats(vectors.bits(quotient) & _MAGNITUDE)
             sized = vectors.floats(vectors.bits(sized) & _MAGNITUDE)
         left = _rounded(kind, quotient, codec)
@@ -154,7 +151,6 @@ def _exact_as(
         lost = vectors.floats(vectors.bits(sized - left * step) & _MAGNITUDE)
         total = total + ((_power(vectors.doubles(lost), hunt.halves) + magic) - magic)
     return total
-
 
 
 @spliced
@@ -188,7 +184,7 @@ def _centred(low: Vector, high: Vector, step: Vector, shift: Vector, rule: Rule,
 @spliced
 def _tried(words: Vector, steps: Vector, rule: Rule, hunt: Hunt, position: Vector) -> tuple[Vector, Vector]:
     """Words and steps of candidates, or those of min/max where there is no such scale, which then never win."""
-    if rule.kind == TO_MX or rule.kind == TO_NVFP4:
+    if rule.kind in (TO_MX, TO_NVFP4):
         code = words + (vectors.bits(position + _WHOLE) - vectors.bits(vectors.splat(_WHOLE, COUNT)))
         is_stored = code - hunt.first < hunt.span
         word = vectors.select(is_stored, code, words)
@@ -210,6 +206,10 @@ def _over_lanes(numbers: Vector, is_wide: bool) -> Vector:  # noqa: FBT001
 @compiled
 def _load_tiles(block: Floats, width: int, first: int, count: int, values: Floats) -> None:
     """Put the elements of `count` tiles side by side; lanes without one hold zeros."""
+    if count == COUNT and width % COUNT == 0:
+        for j in range(0, width, COUNT):
+            vectors.transpose(block, first * width + j, width, values, j * COUNT)
+        return
     if count < COUNT:
         values[: width * COUNT] = np.float32(0)
     for lane in range(count):
@@ -239,7 +239,7 @@ def _take(rule: Rule, codec: Codec, out: Outputs, first: int, count: int, bench:
     shift = np.uint32(16 if rule.kind == TO_BF16 else 0)
     for lane in range(COUNT):
         tile = first + min(lane, count - 1)
-        if rule.kind == TO_MX or rule.kind == TO_NVFP4:
+        if rule.kind in (TO_MX, TO_NVFP4):
             bench.words[lane] = np.uint32(out.exponents[tile])
         else:
             bench.words[lane] = np.uint32(out.scales[tile] << shift)
@@ -251,7 +251,7 @@ def _give(rule: Rule, codec: Codec, out: Outputs, first: int, count: int, bench:
     """Store what was chosen for `count` tiles."""
     shift = np.uint32(16 if rule.kind == TO_BF16 else 0)
     for lane in range(count):
-        if rule.kind == TO_MX or rule.kind == TO_NVFP4:
+        if rule.kind in (TO_MX, TO_NVFP4):
             out.exponents[first + lane] = np.uint8(bench.words[lane])
         else:
             out.scales[first + lane] = np.uint32(bench.words[lane] >> shift)
@@ -274,6 +274,25 @@ def _extremes(values: Floats, is_wide: bool) -> tuple[Vector, Vector]:  # noqa: 
 
 
 @spliced
+def _settled(found: Vector, step: Vector, initial: Vector, start: Vector, hunt: Hunt, elements: float) -> Vector:
+    """Where estimates alone tell that a candidate leaves less error than the min/max scale, or that there is none.
+
+    A count is off by at most half for each element, and by what the reciprocal does. That moves a quotient by less than
+    `d = 2**-12`, the distance to the grid by no more, and a sum of squares S of N distances by less than `S / 1024` and
+    `1025 * d * d` an element, a tenth of a count: `2 * d * x` is at most `x * x / 1024 + 1024 * d * d`. A sum below the
+    count of an error that is out of reach holds none.
+    """
+    after, before = vectors.doubles(step), vectors.doubles(start)
+    after, before = after * after, before * before
+    most, least = found * (1 + 2.0**-9) + after * elements, initial * (1 - 2.0**-9) - before * elements
+    is_counted = found < after * 2.0**22
+    is_better = most < least
+    if hunt.unit == np.float32(0):
+        is_better = is_better & is_counted
+    return is_better | (found == initial)
+
+
+@spliced
 def _quantum(low: Vector, high: Vector, halves: int) -> Vector:
     """What exact errors of a tile are multiples of: `2**-36` of the power of two below its largest power."""
     amax = vectors.larger(high, vectors.splat(np.float32(0), COUNT) - low)
@@ -282,69 +301,137 @@ def _quantum(low: Vector, high: Vector, halves: int) -> Vector:
     return vectors.power_of_two(exponent >> 1)
 
 
+class _Tile(NamedTuple):
+    """What is known of the tiles in the lanes before anything is tried."""
+
+    word: Vector
+    step: Vector
+    offset: Vector
+    low: Vector
+    high: Vector
+
+
+@spliced
+def _load(block: Floats, tiling: Tiling, is_wide: bool, first: int, count: int, bench: Bench) -> int:  # noqa: FBT001
+    """Fill `bench.values`; returns how many of them are in use."""
+    if is_wide:
+        return _load_tile(block, tiling, first, bench.values)
+    _load_tiles(block, tiling.width, first, count, bench.values)
+    return tiling.width * COUNT
+
+
+@spliced
+def _start(values: Floats, is_wide: bool, rule: Rule, bench: Bench) -> _Tile:  # noqa: FBT001
+    word, offset = vectors.load(bench.words, 0, COUNT), vectors.load(bench.offsets, 0, COUNT)
+    step = vectors.floats(word)
+    if rule.kind in (TO_MX, TO_NVFP4):
+        step = _step_of(word, rule)
+    low, high = _extremes(values, is_wide)
+    return _Tile(word, step, offset, low, high)
+
+
+@spliced
+def _initial(cost: Vector, tile: _Tile) -> Vector:
+    """Cost of the min/max scale; of lanes that are not to be changed one that nothing is less than."""
+    nothing = vectors.splat(-1.0, COUNT)
+    found = vectors.select(tile.step < _LEAST_STEP, nothing, cost)
+    found = vectors.select(tile.step > _LARGEST_STEP, nothing, found)
+    return vectors.select(tile.high - tile.low == np.float32(0), nothing, found)
+
+
+@spliced
+def _best(
+    kind: int,
+    is_plain: bool,  # noqa: FBT001
+    values: Floats,
+    tile: _Tile,
+    is_wide: bool,  # noqa: FBT001
+    rule: Rule,
+    codec: Codec,
+    hunt: Hunt,
+) -> tuple[Vector, Vector, Vector, Vector, Vector]:
+    """Word, step, zero point and cost of the best candidate, and the cost of the min/max scale."""
+    no, one = vectors.splat(np.float32(0), COUNT), vectors.splat(np.float32(1), COUNT)
+    word, step, offset = tile.word, tile.step, tile.offset
+    found = initial = vectors.splat(-1.0, COUNT)
+    position, shift, from_position, from_shift = no, no, no, no
+    stage = np.int32(-1)
+    for number in range(-1, len(hunt.moves)):  # the first round is for the min/max scale itself
+        here, aside = no, no
+        tried_word, tried_step, tried_offset = tile.word, tile.step, tile.offset
+        if number >= 0:
+            if hunt.moves[number, 0] != stage:
+                stage, from_position, from_shift = hunt.moves[number, 0], position, shift
+            here = from_position + np.float32(hunt.moves[number, 1])
+            aside = from_shift + np.float32(hunt.moves[number, 2])
+            tried_word, tried_step = _tried(tile.word, tile.step, rule, hunt, here)
+            if kind == SHIFTED:
+                tried_offset = _centred(tile.low, tile.high, tried_step, aside, rule, codec)
+        counts = _count_as(kind, is_plain, values, one / tried_step, tried_offset, codec, hunt)
+        cost = _over_lanes(counts, is_wide) * _power(vectors.doubles(tried_step), hunt.halves)
+        if number < 0:
+            found = initial = _initial(cost, tile)
+        better = cost < found
+        found = vectors.select(better, cost, found)
+        word, step = vectors.select(better, tried_word, word), vectors.select(better, tried_step, step)
+        offset = vectors.select(better, tried_offset, offset)
+        position, shift = vectors.select(better, here, position), vectors.select(better, aside, shift)
+    return word, step, offset, found, initial
+
+
+@spliced
+def _gains(
+    kind: int,
+    values: Floats,
+    tile: _Tile,
+    step: Vector,
+    offset: Vector,
+    is_wide: bool,
+    codec: Codec,
+    hunt: Hunt,
+    elements: float,
+) -> Vector:
+    """Where what would be stored leaves less error than the min/max scale does."""
+    quantum = _quantum(tile.low, tile.high, hunt.halves)
+    after = before = vectors.splat(0.0, COUNT)
+    for turn in range(2):  # a loop, so that what is in it is compiled once
+        by, plus = (step, offset) if turn == 0 else (tile.step, tile.offset)
+        sums = _over_lanes(_exact_as(kind, values, by, plus, quantum, codec, hunt), is_wide)
+        after, before = (sums, before) if turn == 0 else (after, sums)
+    return after + quantum * elements < before
+
+
 @cache
 def searcher(kind: int, is_plain: bool) -> Callable[..., None]:  # noqa: FBT001 - both become constants
     """Compile the search for one kind of codes; `is_plain` where errors are squared and no more."""
 
     def search(
-        block: Floats, tiling: Tiling, is_wide: bool, rule: Rule, codec: Codec, hunt: Hunt, bench: Bench, out: Outputs
+        block: Floats,
+        tiling: Tiling,
+        is_wide: bool,  # noqa: FBT001
+        rule: Rule,
+        codec: Codec,
+        hunt: Hunt,
+        bench: Bench,
+        out: Outputs,
     ) -> None:
-        nothing, no = vectors.splat(-1.0, COUNT), vectors.splat(np.float32(0), COUNT)
-        one = vectors.splat(np.float32(1), COUNT)
         tiles = -(-tiling.rows // tiling.height) * -(-tiling.cols // tiling.width)
-        for first in range(0, tiles, 1 if is_wide else COUNT):
-            count, size = min(1 if is_wide else COUNT, tiles - first), tiling.width * COUNT
-            if is_wide:
-                size = _load_tile(block, tiling, first, bench.values)
-            else:
-                _load_tiles(block, tiling.width, first, count, bench.values)
-            values = bench.values[:size]
+        each, elements = 1 if is_wide else COUNT, np.float64(tiling.height * tiling.width)
+        for first in range(0, tiles, each):
+            count = min(each, tiles - first)
+            values = bench.values[: _load(block, tiling, is_wide, first, count, bench)]
             _take(rule, codec, out, first, count, bench)
-            low, high = _extremes(values, is_wide)
-            words, zero = vectors.load(bench.words, 0, COUNT), vectors.load(bench.offsets, 0, COUNT)
-            start = vectors.floats(words)
-            if rule.kind == TO_MX or rule.kind == TO_NVFP4:
-                start = _step_of(words, rule)
-            word, step, offset, found = words, start, zero, nothing
-            position, shift, from_position, from_shift = no, no, no, no
-            stage = np.int32(-1)
-            # the first round is for the min/max scale itself
-            for number in range(-1, len(hunt.moves)):
-                here, aside, tried_word, tried_step, tried_offset = no, no, words, start, zero
-                if number >= 0:
-                    if hunt.moves[number, 0] != stage:
-                        stage, from_position, from_shift = hunt.moves[number, 0], position, shift
-                    here = from_position + np.float32(hunt.moves[number, 1])
-                    aside = from_shift + np.float32(hunt.moves[number, 2])
-                    tried_word, tried_step = _tried(words, start, rule, hunt, here)
-                    if kind == SHIFTED:
-                        tried_offset = _centred(low, high, tried_step, aside, rule, codec)
-                counts = _count_as(kind, is_plain, values, one / tried_step, tried_offset, codec, hunt)
-                cost = _over_lanes(counts, is_wide) * _power(vectors.doubles(tried_step), hunt.halves)
-                if number < 0:
-                    # lanes that are not to be changed keep a cost that nothing is less than
-                    found = vectors.select(start < _LEAST_STEP, nothing, cost)
-                    found = vectors.select(start > _LARGEST_STEP, nothing, found)
-                    found = vectors.select(high - low == np.float32(0), nothing, found)
-                    continue
-                better = cost < found
-                found = vectors.select(better, cost, found)
-                word, step = vectors.select(better, tried_word, word), vectors.select(better, tried_step, step)
-                offset = vectors.select(better, tried_offset, offset)
-                position, shift = vectors.select(better, here, position), vectors.select(better, aside, shift)
-            quantum = _quantum(low, high, hunt.halves)
-            after, before = nothing, nothing
-            for turn in range(2):
-                by, plus = (step, offset) if turn == 0 else (start, zero)
-                sums = _over_lanes(_exact_as(kind, values, by, plus, quantum, codec, hunt), is_wide)
-                after, before = (sums, before) if turn == 0 else (after, sums)
-            gains = after + quantum * np.float64(tiling.height * tiling.width) < before
-            vectors.store(bench.words, 0, vectors.select(gains, word, words))
-            vectors.store(bench.offsets, 0, vectors.select(gains, offset, zero))
+            tile = _start(values, is_wide, rule, bench)
+            word, step, offset, found, initial = _best(kind, is_plain, values, tile, is_wide, rule, codec, hunt)
+            settled = _settled(found, step, initial, tile.step, hunt, elements)
+            if not is_plain or vectors.count(settled) < COUNT:
+                gains = _gains(kind, values, tile, step, offset, is_wide, codec, hunt, elements)
+                word, offset = vectors.select(gains, word, tile.word), vectors.select(gains, offset, tile.offset)
+            vectors.store(bench.words, 0, word)
+            vectors.store(bench.offsets, 0, offset)
             _give(rule, codec, out, first, count, bench)
 
-    search_compiled: Callable[..., None] = compiled(search)
-    return search_compiled
+    return compiled(search)
 
 
 def new_bench(tiling: Tiling, is_wide: bool) -> Bench:  # noqa: FBT001

@@ -113,12 +113,19 @@ class Workspace:
 
     def __init__(self) -> None:
         self._octets = np.empty(0, np.uint8)
+        self._values = np.empty(0, np.float32)
 
     def take(self, size: int) -> npt.NDArray[np.uint8]:
         """Give `size` bytes of any content, the same as last time."""
         if self._octets.size < size:
             self._octets = np.empty(size, np.uint8)
         return self._octets[:size]
+
+    def take_values(self, size: int) -> npt.NDArray[np.float32]:
+        """As `take`, for `size` numbers beside the codes."""
+        if self._values.size < size:
+            self._values = np.empty(size, np.float32)
+        return self._values[:size]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,7 +218,8 @@ def encode(
     tiling = _tiling(args, rows.shape, kind)
     stride, width = _row_bytes(args, format, tiling.cols)
     codec = _codec(args, width, is_packed=format == _PACKED)
-    room = (workspace or Workspace()).take(tiling.rows * stride + loops.SLACK)
+    workspace = workspace or Workspace()
+    room = workspace.take(tiling.rows * stride + loops.SLACK)
     octets = room[: -loops.SLACK]
     grid = -(-tiling.rows // tiling.height), -(-tiling.cols // tiling.width)
     rule = _rule(args, scale_dtype, whole, is_searched=search is not None)
@@ -225,7 +233,7 @@ def encode(
     tiles, work = loops.new_tiles(grid[1]), loops.new_work(bits[: tiling.cols], tiling.width)
     found: Found = loops.encode(bits, tiling, codec, rule, tiles, work, out)
     if search is not None:
-        _search(bits, tiling, codec, rule, args, search, out)
+        _search(bits, tiling, codec, rule, args, search, workspace, out)
         found = loops.encode(bits, tiling, codec, rule._replace(is_given=True), tiles, work, out)
     name, codes = _codes(octets, args, format, tiling)
     tensors = {name: codes, "weight_scale": out.exponents if is_narrow else _scales(out.scales, scale_dtype)}
@@ -326,7 +334,14 @@ def _rule(args: WeightArgs, scale_dtype: str, whole: Extent | None, *, is_search
 
 
 def _search(
-    bits: Array, tiling: Tiling, codec: Codec, rule: Rule, args: WeightArgs, search: Search, out: Outputs
+    bits: Array,
+    tiling: Tiling,
+    codec: Codec,
+    rule: Rule,
+    args: WeightArgs,
+    search: Search,
+    workspace: Workspace,
+    out: Outputs,
 ) -> None:
     """Replace the min/max scales of a row block in `out` by better ones."""
     from shardmill.kernels import compiled_search as hunting  # compiles for seconds, and few ask for it
@@ -343,7 +358,7 @@ def _search(
         first=np.uint32(first),
         span=np.uint32(last - first + 1),
     )
-    values = np.empty(bits.size, np.float32)
+    values = workspace.take_values(bits.size)
     _compiled().widen(bits, tiling.is_half, values)
     run = hunting.searcher(codec.kind, halves == 4)
     run(values, tiling, is_wide, rule, codec, hunt, hunting.new_bench(tiling, is_wide), out)

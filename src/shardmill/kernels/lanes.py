@@ -94,7 +94,7 @@ class Lane(Protocol):
     ) -> EncodedBlock:
         """Quantize a row block."""
 
-    def global_scale(self, extent: Extent) -> memoryview:
+    def global_scale(self, extent: Extent, scheme: Scheme) -> memoryview:
         """Choose the second-level scale of NVFP4."""
 
 
@@ -137,14 +137,15 @@ class CpuLane:
             format=scheme.format,
             scale_dtype=scale_dtype_for(dtype),
             whole=whole,
+            search=scheme.search,
             workspace=self._workspace,
         )
         tensors = {param: cpu.to_bytes(array) for param, array in found.tensors.items()}
         return EncodedBlock(tensors, found.statistics, found.finite)
 
-    def global_scale(self, extent: Extent) -> memoryview:
+    def global_scale(self, extent: Extent, scheme: Scheme) -> memoryview:
         """As `Lane.global_scale`."""
-        return cpu.to_bytes(cpu.global_scale(extent))
+        return cpu.to_bytes(cpu.global_scale(extent, is_searched=scheme.search is not None))
 
 
 class TorchLane:
@@ -224,7 +225,12 @@ class TorchLane:
             with self._stream:
                 rows = self._load(block, dtype, shape)
                 found = self._reference.encode(
-                    rows, scheme.weights, format=scheme.format, scale_dtype=scale_dtype_for(dtype), whole=whole
+                    rows,
+                    scheme.weights,
+                    format=scheme.format,
+                    scale_dtype=scale_dtype_for(dtype),
+                    whole=whole,
+                    search=scheme.search,
                 )
                 return self._fetch(found)
         except self._torch.OutOfMemoryError:
@@ -267,9 +273,10 @@ class TorchLane:
         view: memoryview = self._fetched.numpy().data
         return EncodedBlock({name: view[: len(octets)], **tensors}, found.statistics, finite=True)
 
-    def global_scale(self, extent: Extent) -> memoryview:
+    def global_scale(self, extent: Extent, scheme: Scheme) -> memoryview:
         """As `Lane.global_scale`."""
-        return self._reference.to_bytes(self._reference.global_scale(extent))
+        scale = self._reference.global_scale(extent, is_searched=scheme.search is not None)
+        return self._reference.to_bytes(scale)
 
 
 def _flat(block: memoryview, dtype: str) -> tuple[int]:

@@ -134,8 +134,8 @@ def global_scale(extent: Extent, device: str | torch.device = "cpu", *, is_searc
     """Choose the second-level scale of NVFP4 for a tensor or a fused set.
 
     scale F32 [1] = `2688 * (1 / amax)`, two roundings, as compressed-tensors' `generate_gparam`; 2688 = 448 * 6. An
-    amax that is NaN, or so small (below 7.9e-36) that this overflows, gives 1.0. Where scales are searched it is half of
-    that: see `core.search.NVFP4_HEADROOM`.
+    amax that is NaN, or so small (below 7.9e-36) that this overflows, gives 1.0. Where scales are searched it is half
+    of that: see `core.search.NVFP4_HEADROOM`.
 
     >>> global_scale(Extent(high=1.75)).item()
     1536.0001220703125
@@ -320,6 +320,7 @@ class Qparams:
 
 
 def spread(grid: Tensor) -> Tensor:
+    """Let a grid [Rb, Cb] broadcast over tiles."""
     return grid[:, None, :, None]
 
 

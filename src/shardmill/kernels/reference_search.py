@@ -1,14 +1,14 @@
 """The search for better scales in plain torch: the readable specification, and what runs on accelerators.
 
-Neighbours: `core.search` says what is tried; `kernels.reference` gives the min/max scales to start from and encodes with
-the ones chosen; `kernels.compiled_search` chooses the same.
+Neighbours: `core.search` says what is tried; `kernels.reference` gives the min/max scales to start from and encodes
+with the ones chosen; `kernels.compiled_search` chooses the same.
 
 Promise: the choice is a function of the tile alone. Errors are counted as whole numbers, so that no order of a sum
 shows. A tile whose best candidate does not leave less error than its min/max scale, by the codes and the values that
 would be stored, keeps the latter.
 
-A candidate's error is estimated in units of its step, from `weight * (1 / step)`: a product instead of a quotient, which
-may differ by its last bit. Only the best of all is compared with the min/max scale exactly.
+A candidate's error is estimated in units of its step, from `weight * (1 / step)`: a product instead of a quotient,
+which may differ by its last bit. Only the best of all is compared with the min/max scale exactly.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class _Tiles:
         return torch.maximum(self.high, -self.low)
 
 
-def choose(values: Tensor, extremes: tuple[Tensor, Tensor], start: Qparams, args: WeightArgs, search: Search) -> Qparams:
+def choose(
+    values: Tensor, extremes: tuple[Tensor, Tensor], start: Qparams, args: WeightArgs, search: Search
+) -> Qparams:
     """Choose the scales of tiles, each the min/max scale or a better one.
 
     Args:
