@@ -386,7 +386,7 @@ def _gains(
     tile: _Tile,
     step: Vector,
     offset: Vector,
-    is_wide: bool,
+    is_wide: bool,  # noqa: FBT001
     codec: Codec,
     hunt: Hunt,
     elements: float,

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from shardmill.core.dtypes import BITS, COMPUTABLE
 from shardmill.core.scheme import Search, WeightArgs
-from shardmill.core.search import NVFP4_HEADROOM, code_bounds, moves_of
+from shardmill.core.search import code_bounds, moves_of
 from shardmill.core.statistics import Extent, Statistics
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def is_finite(rows: Array, dtype: str) -> bool:
     return isfinite(measure(rows, dtype).amax)
 
 
-def global_scale(extent: Extent, *, is_searched: bool = False) -> npt.NDArray[np.float32]:
+def global_scale(extent: Extent) -> npt.NDArray[np.float32]:
     """Choose the second-level scale of NVFP4 as `reference.global_scale` does.
 
     >>> global_scale(Extent(high=1.75)).item()
@@ -183,8 +183,7 @@ def global_scale(extent: Extent, *, is_searched: bool = False) -> npt.NDArray[np
     with np.errstate(all="ignore"):
         amax = np.maximum(np.array([extent.amax], np.float32), np.finfo(np.float32).tiny)
         scale = np.float32(1) / amax * np.float32(2688)
-    scale = np.where(np.isfinite(scale), scale, np.float32(1))
-    return (scale * np.float32(NVFP4_HEADROOM if is_searched else 1)).astype(np.float32)
+    return np.where(np.isfinite(scale), scale, np.float32(1)).astype(np.float32)
 
 
 def encode(
@@ -222,7 +221,7 @@ def encode(
     room = workspace.take(tiling.rows * stride + loops.SLACK)
     octets = room[: -loops.SLACK]
     grid = -(-tiling.rows // tiling.height), -(-tiling.cols // tiling.width)
-    rule = _rule(args, scale_dtype, whole, is_searched=search is not None)
+    rule = _rule(args, scale_dtype, whole)
     is_narrow = args.scale_dtype is not None
     out = loops.Outputs(
         room,
@@ -311,7 +310,7 @@ def _codec(args: WeightArgs, width: int, *, is_packed: bool) -> Codec:
     return codec
 
 
-def _rule(args: WeightArgs, scale_dtype: str, whole: Extent | None, *, is_searched: bool) -> Rule:
+def _rule(args: WeightArgs, scale_dtype: str, whole: Extent | None) -> Rule:
     loops = _compiled()
     is_fixed = args.strategy == "tensor"
     if whole is None and (is_fixed or args.has_global_scale):
@@ -323,7 +322,7 @@ def _rule(args: WeightArgs, scale_dtype: str, whole: Extent | None, *, is_search
     rule: Rule = loops.Rule(
         kind=kind,
         code_max=np.float32(args.code_max),
-        shared=global_scale(extent, is_searched=is_searched)[0] if args.has_global_scale else np.float32(1),
+        shared=global_scale(extent)[0] if args.has_global_scale else np.float32(1),
         mx_offset=np.uint32(_MX_OFFSET.get(args.num_bits, 0)),
         is_fixed=is_fixed,
         low=np.float32(extent.low),

@@ -94,7 +94,7 @@ class Lane(Protocol):
     ) -> EncodedBlock:
         """Quantize a row block."""
 
-    def global_scale(self, extent: Extent, scheme: Scheme) -> memoryview:
+    def global_scale(self, extent: Extent) -> memoryview:
         """Choose the second-level scale of NVFP4."""
 
 
@@ -143,9 +143,9 @@ class CpuLane:
         tensors = {param: cpu.to_bytes(array) for param, array in found.tensors.items()}
         return EncodedBlock(tensors, found.statistics, found.finite)
 
-    def global_scale(self, extent: Extent, scheme: Scheme) -> memoryview:
+    def global_scale(self, extent: Extent) -> memoryview:
         """As `Lane.global_scale`."""
-        return cpu.to_bytes(cpu.global_scale(extent, is_searched=scheme.search is not None))
+        return cpu.to_bytes(cpu.global_scale(extent))
 
 
 class TorchLane:
@@ -273,10 +273,9 @@ class TorchLane:
         view: memoryview = self._fetched.numpy().data
         return EncodedBlock({name: view[: len(octets)], **tensors}, found.statistics, finite=True)
 
-    def global_scale(self, extent: Extent, scheme: Scheme) -> memoryview:
+    def global_scale(self, extent: Extent) -> memoryview:
         """As `Lane.global_scale`."""
-        scale = self._reference.global_scale(extent, is_searched=scheme.search is not None)
-        return self._reference.to_bytes(scale)
+        return self._reference.to_bytes(self._reference.global_scale(extent))
 
 
 def _flat(block: memoryview, dtype: str) -> tuple[int]:

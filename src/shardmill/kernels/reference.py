@@ -34,7 +34,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from shardmill.core.scheme import Search, WeightArgs
-from shardmill.core.search import NVFP4_HEADROOM
 from shardmill.core.statistics import Extent, Statistics
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {
@@ -130,20 +129,18 @@ def first_nonfinite(rows: Tensor) -> tuple[int, tuple[int, ...]] | None:
     return count, tuple(int(index) for index in torch.unravel_index(first, rows.shape))
 
 
-def global_scale(extent: Extent, device: str | torch.device = "cpu", *, is_searched: bool = False) -> Tensor:
+def global_scale(extent: Extent, device: str | torch.device = "cpu") -> Tensor:
     """Choose the second-level scale of NVFP4 for a tensor or a fused set.
 
     scale F32 [1] = `2688 * (1 / amax)`, two roundings, as compressed-tensors' `generate_gparam`; 2688 = 448 * 6. An
-    amax that is NaN, or so small (below 7.9e-36) that this overflows, gives 1.0. Where scales are searched it is half
-    of that: see `core.search.NVFP4_HEADROOM`.
+    amax that is NaN, or so small (below 7.9e-36) that this overflows, gives 1.0.
 
     >>> global_scale(Extent(high=1.75)).item()
     1536.0001220703125
     """
     amax = _as_float32(extent.amax, torch.device(device)).clamp_(min=torch.finfo(torch.float32).tiny)
     scale = (torch.ones_like(amax) / amax) * 2688.0
-    scale.masked_fill_(~scale.isfinite(), 1.0)
-    return scale * NVFP4_HEADROOM if is_searched else scale
+    return scale.masked_fill_(~scale.isfinite(), 1.0)
 
 
 def _as_float32(value: float, device: torch.device) -> Tensor:
@@ -383,15 +380,7 @@ def _nvfp4(amax: Tensor, args: WeightArgs, shared: Tensor) -> Qparams:
     return Qparams(scale=_or_eps(rounded, _NVFP4_EPS).to(torch.float8_e4m3fn), global_scale=shared)
 
 
-def _choose_qparams(
-    low: Tensor,
-    high: Tensor,
-    args: WeightArgs,
-    scale_dtype: str,
-    whole: Extent | None,
-    *,
-    is_searched: bool,
-) -> Qparams:
+def _choose_qparams(low: Tensor, high: Tensor, args: WeightArgs, scale_dtype: str, whole: Extent | None) -> Qparams:
     if args.strategy == "tensor":
         extent = _given(whole, args)
         low, high = (_as_float32(bound, low.device)[None] for bound in (extent.low, extent.high))
@@ -399,7 +388,7 @@ def _choose_qparams(
     if args.is_mx:
         return Qparams(scale=mx_exponents(amax, args.num_bits))
     if args.has_global_scale:
-        return _nvfp4(amax, args, global_scale(_given(whole, args), amax.device, is_searched=is_searched))
+        return _nvfp4(amax, args, global_scale(_given(whole, args), amax.device))
     if args.symmetric:
         return _symmetric(amax, args, DTYPES[scale_dtype])
     return _asymmetric(low, high, args, DTYPES[scale_dtype])
@@ -482,7 +471,7 @@ def encode(
     # every operation widens 16-bit floats as it reads them, so they need no copy
     tiles = _to_tiles(rows.to(torch.float32) if rows.dtype == torch.float64 else rows, args)
     extremes = _extremes(tiles)
-    qparams = _choose_qparams(*extremes, args, scale_dtype, whole, is_searched=search is not None)
+    qparams = _choose_qparams(*extremes, args, scale_dtype, whole)
     if search is not None:
         from shardmill.kernels import reference_search  # which is written in terms of this module
 

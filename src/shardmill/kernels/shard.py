@@ -16,7 +16,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import IO, Final
 
 from shardmill.core.dtypes import BITS, COMPUTABLE
@@ -406,20 +405,18 @@ class _Encoding:
         if piece.key is not None and whole is None:
             return _nothing  # a piece before this one fails the job
         block = piece.work(lane, data, whole)
-        scale = partial(lane.global_scale, whole or Extent(), piece.scheme)
+        scale = lambda: lane.global_scale(whole or Extent())  # noqa: E731 - made where it is needed
         return lambda: self.output.put_block(piece.unit, block, scale, is_last=piece.is_last)
 
     def _encode_slab(self, piece: Slab, lane: Lane, data: memoryview) -> Callable[[], None]:
         whole, blocks = piece.work(lane, data, self.crew.block)
-        schemes = {number: unit.scheme for number, unit in piece.units}
         copied = {n: self._look_at(n, lane, block) for n, _, block in blocks if not isinstance(block, EncodedBlock)}
 
         def write() -> None:
             for number, is_last, block in blocks:
-                scheme = schemes[number]
-                if scheme is not None and isinstance(block, EncodedBlock):
-                    self.output.put_block(number, block, partial(lane.global_scale, whole, scheme), is_last=is_last)
-                elif not isinstance(block, EncodedBlock):
+                if isinstance(block, EncodedBlock):
+                    self.output.put_block(number, block, lambda: lane.global_scale(whole), is_last=is_last)
+                else:
                     self.output.put(number, block, copied[number], is_last=is_last)
 
         return write
