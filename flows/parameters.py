@@ -43,6 +43,7 @@ _CHOICES: Final = (
     "expert_layout",
     "partial_fused",
     "allow_nonfinite",
+    "search",
 )
 """Fields that a recipe replaces."""
 
@@ -110,6 +111,11 @@ class Choices(_Form):
         default=False,
         description="Copy weights that hold NaN or Inf, and what engines fuse with them, instead of refusing the run. "
         "The source is read once more to find them.",
+    )
+    search: Literal["none", "mse"] = Field(
+        default="none",
+        description="How scales are chosen: from the extremes of what shares one (none), or by the least error of what "
+        "is read back (mse), which takes longer.",
     )
     recipe: dict[str, Any] | None = Field(
         default=None,

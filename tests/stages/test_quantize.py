@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
@@ -17,10 +18,12 @@ from torch import Tensor
 import checkpoints
 from blocks import row_blocks
 from kernels.oracle import expected
+from shardmill.cli import main
 from shardmill.core.plan import Plan
-from shardmill.core.recipe import Recipe, parse_recipe, uniform
-from shardmill.core.scheme import PRESETS
+from shardmill.core.recipe import Recipe, parse_recipe, uniform, with_search
+from shardmill.core.scheme import PRESETS, Search
 from shardmill.errors import Interrupted, NonFiniteWeight, Refused, ShardFailures, SourceChanged
+from shardmill.kernels.ct_adapter import check_config
 from shardmill.stages.devices import DevicePool
 from shardmill.stages.pipeline import RunOptions, RunResult, Watcher, run
 from shardmill.stages.plan import Locations, make_plan
@@ -475,3 +478,31 @@ def test_one_huge_shard_and_many_small_ones_finish_with_any_number_of_workers(tm
     written = checkpoints.read(tmp_path / "dst")
     assert checkpoints.as_bytes({name: written[name] for name in wanted}) == checkpoints.as_bytes(wanted)
     assert len(written) == 2 * 13
+
+
+# Scales that are searched
+
+SEARCHED = ["NVFP4A16", "W4A16_ASYM", "FP8_BLOCK", "W8A8"]
+
+
+@pytest.mark.parametrize("scheme", SEARCHED)
+def test_a_search_depends_neither_on_sharding_nor_on_row_blocks(tmp_path: Path, scheme: str) -> None:
+    tensors, recipe = checkpoints.llama(layers=1), with_search(uniform(scheme), Search())
+    whole = checkpoints.as_bytes(result_of(tmp_path / "whole", tensors, recipe))
+    with row_blocks(40 << 10):
+        parts = checkpoints.as_bytes(result_of(tmp_path / "parts", tensors, recipe, 7))
+    assert parts == whole
+    assert whole != checkpoints.as_bytes(result_of(tmp_path / "none", tensors, uniform(scheme)))
+
+
+def test_a_searched_result_says_so_and_is_verified(tmp_path: Path) -> None:
+    source = checkpoints.write(tmp_path / "source", checkpoints.deal(checkpoints.llama(layers=1), 2))
+    recipe = with_search(uniform("NVFP4A16"), Search(norm=2.5))
+    convert(source, tmp_path / "result", recipe)
+    manifest = json.loads((tmp_path / "result" / "shardmill.json").read_text())
+    assert {weight["scheme"] for shard in manifest["shards"] for weight in shard["weights"]} == {"NVFP4A16 mse"}
+    assert parse_recipe(manifest["recipe"]) == recipe
+    config = json.loads((tmp_path / "result" / "config.json").read_text())["quantization_config"]
+    assert check_config(config) == []
+    assert "search" not in json.dumps(config)
+    assert main(["verify", str(tmp_path / "result"), "--against", str(source), "-q"]) == 0

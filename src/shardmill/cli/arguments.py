@@ -12,7 +12,8 @@ from typing import Any, Final
 
 from shardmill import __version__
 from shardmill.core.limits import NAMES, Intake, Limits
-from shardmill.core.recipe import EXPERT_LAYOUTS, INDIVISIBLE, Recipe, parse_recipe
+from shardmill.core.recipe import EXPERT_LAYOUTS, INDIVISIBLE, Recipe, parse_recipe, with_search
+from shardmill.core.scheme import SEARCHES, parse_search
 from shardmill.core.strict_json import parse_json
 from shardmill.errors import Problem, RecipeInvalid, Refused
 
@@ -55,7 +56,8 @@ class Options:
     store: str = ""
     device: str = "auto"
     workers: int = 0
-    search: str = "none"
+    search: str | None = None
+    search_norm: float | None = None
     verify: str = "fast"
     dry_run: bool = False
     against: str | None = None
@@ -179,6 +181,18 @@ def _add_recipe(parser: argparse.ArgumentParser, *, takes_several: bool = False)
         help="module that stays as it is: a full name, or re: and an expression; may be repeated",
     )
     group.add_argument(
+        "--search",
+        choices=SEARCHES,
+        help="how scales are chosen: from the extremes of what shares one, or by the least error of what is read back,"
+        " which takes longer (default: none, or what the recipe says)",
+    )
+    group.add_argument(
+        "--search-norm",
+        type=float,
+        metavar="P",
+        help="with --search mse: the power by which errors count, 1 to 4 in halves (default: 2)",
+    )
+    group.add_argument(
         "--no-default-ignores",
         dest="default_ignores",
         action="store_false",
@@ -230,9 +244,6 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", help="auto, cpu, or a list such as cuda:0,cuda:1 (default: auto)")
     shards = "shards in work at a time on the CPU, whose cores share their row blocks (default: by cores)"
     group.add_argument("--workers", type=_positive, default=0, metavar="N", help=shards)
-    group.add_argument(
-        "--search", choices=("none", "mse"), default="none", help="how scales are chosen (default: none)"
-    )
     group.add_argument(
         "--verify", choices=("fast", "full"), default="fast", help="how finished shards are checked (default: fast)"
     )
@@ -324,7 +335,17 @@ def read_recipe(options: Options) -> Recipe:
         for name in ("default_ignores", "indivisible", "expert_layout", "partial_fused", "allow_nonfinite")
         if (value := getattr(options, name)) is not None
     }
+    recipe = _searched(recipe, options)
     return replace(recipe, ignore=tuple(dict.fromkeys((*recipe.ignore, *options.ignore))), **changes)
+
+
+def _searched(recipe: Recipe, options: Options) -> Recipe:
+    if options.search_norm is not None and options.search != "mse":
+        raise _invalid("--search-norm goes with --search mse")
+    if options.search is None:
+        return recipe
+    asked = {"kind": options.search} | ({} if options.search_norm is None else {"norm": options.search_norm})
+    return with_search(recipe, parse_search(asked))
 
 
 def _invalid(message: str, way_out: str = "", file: str = "") -> RecipeInvalid:

@@ -61,9 +61,6 @@ def read_request(options: Options) -> tuple[Locations, Recipe]:
     from shardmill.stages.devices import check_devices
     from shardmill.stages.plan import Locations
 
-    if options.search != "none":
-        message = "search `mse` is not available in this version"
-        raise RecipeInvalid([Problem(kind="search-unavailable", message=message, way_out="use --search none")])
     recipe = read_recipe(options)
     check_documents(options)
     locations = Locations(

@@ -69,7 +69,8 @@ def planned_groups(plan: Plan) -> Groups:
 def scheme_entry(scheme: Scheme) -> dict[str, Any]:
     """An entry of `config_groups` for a scheme, without targets."""
     entry = scheme_to_json(scheme)
-    entry.pop("preset", None)
+    for own in ("preset", "search"):  # ours, and nothing that a loader knows
+        entry.pop(own, None)
     return {**entry, "output_activations": None, "format": scheme.format}
 
 

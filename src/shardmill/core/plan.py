@@ -31,7 +31,7 @@ from shardmill.core.layout import (
 from shardmill.core.limits import Intake
 from shardmill.core.matching import split_name
 from shardmill.core.recipe import Recipe, recipe_to_json
-from shardmill.core.scheme import Scheme, weight_args_to_json
+from shardmill.core.scheme import Scheme, search_to_json, weight_args_to_json
 from shardmill.errors import Problem
 
 COPY: Final = "copy"
@@ -235,7 +235,10 @@ class ShardPlan:
         return ",".join(found)
 
     def _schemes_json(self) -> list[dict[str, Any]]:
-        return [weight_args_to_json(scheme.weights) | {"format": scheme.format} for scheme in self.schemes]
+        return [
+            weight_args_to_json(scheme.weights) | {"format": scheme.format} | search_to_json(scheme)
+            for scheme in self.schemes
+        ]
 
 
 _HEADER: Final = ("header of the output",)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Final
 
@@ -11,7 +11,7 @@ from shardmill.core.architectures import NO_OVERRIDES, Overrides
 from shardmill.core.fused import TABLE, FusedTable
 from shardmill.core.matching import PatternSet
 from shardmill.core.roles import ROLES
-from shardmill.core.scheme import Scheme, parse_scheme, scheme_to_json, with_group_size
+from shardmill.core.scheme import Scheme, Search, parse_scheme, parse_search, scheme_to_json, with_group_size
 from shardmill.errors import Problem, RecipeInvalid, show
 
 EXPERT_LAYOUTS: Final = ("rows", "columns", "interleaved")
@@ -101,6 +101,16 @@ def uniform(scheme: str | Mapping[str, Any] | Scheme, ignore: str | Sequence[str
     return Recipe(groups=(Group(scheme=parsed),), ignore=_patterns(ignore, "ignore"), **options)
 
 
+def with_search(recipe: Recipe, search: Search | None) -> Recipe:
+    """Return a recipe whose groups all choose their scales like this.
+
+    >>> with_search(uniform("W4A16"), Search()).groups[0].scheme.label
+    'W4A16 mse'
+    """
+    groups = tuple(replace(group, scheme=replace(group.scheme, search=search)) for group in recipe.groups)
+    return replace(recipe, groups=groups)
+
+
 _FIELDS: Final = frozenset(
     {
         "scheme",
@@ -115,6 +125,7 @@ _FIELDS: Final = frozenset(
         "allow_nonfinite",
         "architecture",
         "kv_cache",
+        "search",
     }
 )
 _OVERRIDES: Final = ("roles_off", "roles_add", "fused_add", "fused_off", "heads")
@@ -124,6 +135,7 @@ def parse_recipe(data: Any) -> Recipe:
     """Build a recipe from a mapping, as a recipe file holds it.
 
     Either `scheme` (with optional `group_size` and `targets`) or `groups`, a list of such mappings by priority.
+    `search` holds for all groups without one of their own.
 
     Raises:
         RecipeInvalid: unknown field, wrong type, unknown or impossible scheme, invalid pattern.
@@ -152,7 +164,7 @@ def parse_recipe(data: Any) -> Recipe:
         if not isinstance(options.get(name, True), bool):
             raise _invalid(f"{name} must be true or false, found {options[name]!r}")
     return Recipe(
-        groups=tuple(_parse_group(entry) for entry in entries),
+        groups=tuple(_parse_group(entry, data.get("search")) for entry in entries),
         ignore=_patterns(data.get("ignore") or (), "ignore"),
         architecture=_parse_overrides(data.get("architecture") or {}),
         **options,
@@ -184,17 +196,20 @@ def _parse_rows(data: Mapping[str, Any], name: str, least: int) -> tuple[tuple[s
     return rows
 
 
-def _parse_group(entry: Any) -> Group:
+def _parse_group(entry: Any, search: Any) -> Group:
     if not isinstance(entry, Mapping) or "scheme" not in entry:
         raise _invalid("each group is a mapping with `scheme` and `targets`")
-    unknown = sorted(set(map(str, entry)) - {"scheme", "targets", "group_size"})
+    unknown = sorted(set(map(str, entry)) - {"scheme", "targets", "group_size", "search"})
     if unknown:
         raise _invalid(
-            f"a group has unknown fields: {', '.join(map(show, unknown))}", "known: scheme, targets, group_size"
+            f"a group has unknown fields: {', '.join(map(show, unknown))}", "known: scheme, targets, group_size, search"
         )
     scheme = parse_scheme(entry["scheme"])
     if entry.get("group_size") is not None:
         scheme = with_group_size(scheme, entry["group_size"])
+    search = entry.get("search", search)
+    if search is not None:
+        scheme = replace(scheme, search=parse_search(search))
     return Group(scheme=scheme, targets=_patterns(entry.get("targets") or ("Linear",), "targets"))
 
 

@@ -16,6 +16,9 @@ STRATEGIES: Final = ("tensor", "channel", "group", "block", "tensor_group")
 MINMAX_OBSERVERS: Final = frozenset({"minmax", "static_minmax", "memoryless_minmax"})
 E4M3_MAX: Final = 448.0
 E2M1_MAX: Final = 6.0
+SEARCHES: Final = ("none", "mse")
+"""How scales are chosen: from the extremes alone, or by the error that they leave."""
+NORMS: Final = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
 
 
 def _invalid(message: str, way_out: str = "") -> RecipeInvalid:
@@ -124,6 +127,49 @@ class ActivationArgs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Search:
+    """Choose, among scales that can be stored, the one with the least error of what is read back.
+
+    >>> Search(norm=2.5).to_json()
+    {'kind': 'mse', 'norm': 2.5}
+    """
+
+    norm: float = 2.0
+    """Errors count by this power: a multiple of 0.5, which takes no more than products and square roots."""
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise _invalid(f"norm of a search must be one of {', '.join(map(str, NORMS))}, found {self.norm!r}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Describe it; the inverse of `parse_search`."""
+        return {"kind": "mse", "norm": self.norm}
+
+
+def parse_search(value: Any) -> Search | None:
+    """Read `none`, `mse`, or a mapping with `kind` and `norm`.
+
+    Raises:
+        RecipeInvalid: anything else.
+
+    >>> parse_search("mse") == parse_search({"kind": "mse"}) == Search(), parse_search("none")
+    (True, None)
+    """
+    options = {"kind": value} if isinstance(value, str) else value
+    if not isinstance(options, Mapping) or options.get("kind") not in SEARCHES:
+        raise _invalid(f"search must be one of {', '.join(SEARCHES)}, found {show(str(value))}")
+    unknown = sorted(str(key) for key in set(options) - {"kind", "norm"})
+    if unknown:
+        raise _invalid(f"search has unknown fields: {', '.join(map(show, unknown))}", "known: kind, norm")
+    if options["kind"] == "none":
+        return None
+    norm = options.get("norm", 2.0)
+    if isinstance(norm, bool) or not isinstance(norm, int | float):
+        raise _invalid(f"norm of a search must be a number, found {show(str(norm))}")
+    return Search(norm=float(norm))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Scheme:
     """How one set of modules is quantized.
 
@@ -135,6 +181,15 @@ class Scheme:
     input_activations: ActivationArgs | None = None
     preset: str | None = None
     """Name under which the user knows it, when it is an unchanged preset."""
+    search: Search | None = None
+    """How scales are chosen; None: from the extremes alone."""
+
+    def __post_init__(self) -> None:
+        if self.search is not None and self.weights.strategy == "tensor":
+            raise _invalid(
+                "search `mse` does not fit strategy `tensor`: one scale for a whole weight is chosen before it is read",
+                "use strategy channel, group or block, or leave search out",
+            )
 
     @property
     def format(self) -> str:
@@ -154,7 +209,11 @@ class Scheme:
 
     @property
     def label(self) -> str:
-        """Short name for people: the preset, or the arguments in a few words."""
+        """Short name for people: the preset, or the arguments in a few words, and the search if there is one."""
+        return self._name if self.search is None else f"{self._name} mse"
+
+    @property
+    def _name(self) -> str:
         args = self.weights
         if self.preset:
             return self.preset
@@ -333,6 +392,11 @@ def parse_activation_args(data: Mapping[str, Any] | None) -> ActivationArgs | No
     return ActivationArgs(**args)
 
 
+_SCHEME_FIELDS: Final = frozenset(
+    {"weights", "input_activations", "output_activations", "format", "targets", "preset", "search"}
+)
+
+
 def parse_scheme(data: str | Mapping[str, Any]) -> Scheme:
     """Build a scheme from a preset name or a mapping with `weights` and `input_activations`.
 
@@ -343,7 +407,7 @@ def parse_scheme(data: str | Mapping[str, Any]) -> Scheme:
         return preset(data)
     if not isinstance(data, Mapping):
         raise _invalid(f"a scheme is a preset name or a mapping, found {type(data).__name__}")
-    unknown = sorted(set(data) - {"weights", "input_activations", "output_activations", "format", "targets", "preset"})
+    unknown = sorted(set(data) - _SCHEME_FIELDS)
     if unknown:
         raise _invalid(f"scheme has unknown fields: {', '.join(map(show, unknown))}")
     if data.get("weights") is None:
@@ -355,7 +419,9 @@ def parse_scheme(data: str | Mapping[str, Any]) -> Scheme:
         weights=parse_weight_args(data["weights"]),
         input_activations=parse_activation_args(data.get("input_activations")),
     )
-    return replace(scheme, preset=name) if name in PRESETS and replace(PRESETS[name], preset=None) == scheme else scheme
+    if name in PRESETS and replace(PRESETS[name], preset=None) == scheme:
+        scheme = replace(scheme, preset=name)
+    return replace(scheme, search=parse_search(data.get("search") or "none"))
 
 
 def scheme_to_json(scheme: Scheme) -> dict[str, Any]:
@@ -378,7 +444,12 @@ def scheme_to_json(scheme: Scheme) -> dict[str, Any]:
         }
     if scheme.preset:
         out["preset"] = scheme.preset
-    return out
+    return out | search_to_json(scheme)
+
+
+def search_to_json(scheme: Scheme) -> dict[str, Any]:
+    """What a search adds to keys and documents: nothing where there is none, so that those stay as they were."""
+    return {} if scheme.search is None else {"search": scheme.search.to_json()}
 
 
 def weight_args_to_json(args: WeightArgs) -> dict[str, Any]:

@@ -105,6 +105,8 @@ class Rule(NamedTuple):
     """Whether all tiles take the extremes that follow."""
     low: np.float32
     high: np.float32
+    is_given: bool
+    """Whether the scales stand in `Outputs` already, because `compiled_search` has chosen them."""
 
 
 class Outputs(NamedTuple):
@@ -181,29 +183,29 @@ _OPTIONS: Final[Mapping[str, Any]] = {
 }
 
 
-def _compiled(function: _Function) -> _Function:
+def compiled(function: _Function) -> _Function:
     """Compile on the first call, without the interpreter's lock, with IEEE arithmetic as it is written."""
-    compiled: _Function = numba.njit(**_OPTIONS)(function)
-    return compiled
+    result: _Function = numba.njit(**_OPTIONS)(function)
+    return result
 
 
-def _spliced(function: _Function) -> _Function:
-    """As `_compiled`, but as a part of its caller: every level of calls costs seconds of compilation."""
-    compiled: _Function = numba.njit(**_OPTIONS, inline="always")(function)
-    return compiled
+def spliced(function: _Function) -> _Function:
+    """As `compiled`, but as a part of its caller: every level of calls costs seconds of compilation."""
+    result: _Function = numba.njit(**_OPTIONS, inline="always")(function)
+    return result
 
 
-@_compiled
+@compiled
 def _bits(value: np.float32) -> np.uint32:
     return np.float32(value).view(np.uint32)
 
 
-@_compiled
+@compiled
 def _float(bits: np.uint32) -> np.float32:
     return np.uint32(bits).view(np.float32)
 
 
-@_compiled
+@compiled
 def _widen_half(bits: np.uint32) -> np.float32:
     """Return the value of a finite F16: `2**(e - 15) * 1.m`, or `2**-14 * 0.m` where e is 0."""
     magnitude = np.uint32((bits & np.uint32(0x7FFF)) << np.uint32(13))
@@ -213,7 +215,19 @@ def _widen_half(bits: np.uint32) -> np.float32:
     return _float(np.uint32(chosen | np.uint32((bits & np.uint32(0x8000)) << np.uint32(16))))
 
 
-@_compiled
+@compiled
+def widen(raw: Raw, is_half: bool, values: Floats) -> None:  # noqa: FBT001 - as above
+    """Convert elements to float32."""
+    if is_half:
+        for j in range(raw.size):
+            values[j] = _widen_half(np.uint32(raw[j]))
+        return
+    shift = np.uint32(32 - 8 * raw.itemsize)
+    for j in range(raw.size):
+        values[j] = _float(np.uint32(np.uint32(raw[j]) << shift))
+
+
+@compiled
 def _widen_all(bits: Words, itemsize: int, is_half: bool, values: Floats) -> None:  # noqa: FBT001 - as above
     """Convert raw bits of elements of `itemsize` bytes, held one to a word, to float32."""
     if is_half:
@@ -225,7 +239,7 @@ def _widen_all(bits: Words, itemsize: int, is_half: bool, values: Floats) -> Non
         values[j] = _float(np.uint32(bits[j] << shift))
 
 
-@_compiled
+@compiled
 def _largest_magnitude(raw: Raw) -> np.uint32:
     """Largest raw magnitude: bits without the sign order as the numbers do, Inf and NaN above all."""
     if raw.itemsize == 2:
@@ -239,7 +253,7 @@ def _largest_magnitude(raw: Raw) -> np.uint32:
     return wide
 
 
-@_spliced
+@spliced
 def _raise_by(row: Raw, width: int, top: Words) -> None:
     """Raise `top` to the largest raw magnitude of each `width` elements; a constant `width` helps the inner loop."""
     tiles = row.reshape(row.size // width, width)
@@ -256,7 +270,7 @@ def _raise_by(row: Raw, width: int, top: Words) -> None:
             top[tile] = max(top[tile], wide)
 
 
-@_spliced
+@spliced
 def _pair(row: Raw, j: int) -> Vector:
     """The larger raw magnitudes of each pair of `2 * COUNT` elements from `j` on."""
     if row.itemsize == 2:
@@ -266,7 +280,7 @@ def _pair(row: Raw, j: int) -> Vector:
     return vectors.words(vectors.larger(vectors.evens(low, high), vectors.odds(low, high)))
 
 
-@_compiled
+@compiled
 def _raise_by_halving(row: Raw, pairs: Words, top: Words) -> None:
     """As `_raise_by`, for tiles shorter than a few vectors: all of them shrink at once. The width is a power of two."""
     whole = row.size // (2 * COUNT) * (2 * COUNT)
@@ -284,7 +298,7 @@ def _raise_by_halving(row: Raw, pairs: Words, top: Words) -> None:
         top[tile] = max(top[tile], pairs[tile])
 
 
-@_compiled
+@compiled
 def _raise_tops(row: Raw, width: int, pairs: Words, top: Words) -> None:
     """Raise `top` to the largest raw magnitude of each tile of a row."""
     whole = row.size // width * width
@@ -298,7 +312,7 @@ def _raise_tops(row: Raw, width: int, pairs: Words, top: Words) -> None:
         top[whole // width] = max(top[whole // width], _largest_magnitude(row[whole:]))
 
 
-@_compiled
+@compiled
 def _extremes(raw: Raw) -> tuple[np.uint32, np.uint32]:
     """Raw bits of the largest number, at least 0, and of the largest magnitude below 0.
 
@@ -318,14 +332,14 @@ def _extremes(raw: Raw) -> tuple[np.uint32, np.uint32]:
     return np.uint32(wide_high), np.uint32(wide_low & _MAGNITUDE)
 
 
-@_compiled
+@compiled
 def measure(raw: Raw) -> tuple[int, int]:
     """Raw bits of the largest number, at least 0, and of the magnitude of the smallest, at most 0."""
     high, low = _extremes(raw)
     return int(high), int(low)
 
 
-@_compiled
+@compiled
 def _raise_extremes(row: Raw, width: int, top: Words, bottom: Words) -> None:
     """Raise `top` and `bottom` to the extremes of each tile of a row, as `_extremes` gives them."""
     for tile in range(top.size):
@@ -334,14 +348,14 @@ def _raise_extremes(row: Raw, width: int, top: Words, bottom: Words) -> None:
         bottom[tile] = max(bottom[tile], low)
 
 
-@_compiled
+@compiled
 def _to_bf16(value: np.float32) -> np.uint32:
     """Round a finite float32 to the nearest BF16, ties to even; the upper half of the result."""
     bits = _bits(value)
     return np.uint32(np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
-@_compiled
+@compiled
 def _to_e4m3(magnitude: np.uint32) -> tuple[np.uint32, np.float32]:
     """Round float32 bits without sign to the nearest E4M3, ties to even: its code and its value. Saturates at 448.
 
@@ -356,19 +370,19 @@ def _to_e4m3(magnitude: np.uint32) -> tuple[np.uint32, np.float32]:
     return np.uint32(_bits(lifted) + (exponent >> np.uint32(20))), lifted - lift
 
 
-@_compiled
+@compiled
 def _clamp(quotient: np.float32, low: np.float32, high: np.float32) -> np.float32:
     raised = max(low, quotient)
     return min(high, raised)
 
 
-@_compiled
+@compiled
 def _stored_scale(exact: np.float32, kind: int) -> np.float32:
     """Round a scale to the stored dtype."""
     return _float(np.uint32(_to_bf16(exact) << np.uint32(16))) if kind == TO_BF16 else exact
 
 
-@_compiled
+@compiled
 def _choose_plain(amax: Floats, rule: Rule, stored: Words, steps: Floats) -> None:
     """Compute `scale = amax / code_max`, rounded once, and eps instead of 0."""
     eps = _BF16_EPS if rule.kind == TO_BF16 else _F32_EPS
@@ -378,14 +392,14 @@ def _choose_plain(amax: Floats, rule: Rule, stored: Words, steps: Floats) -> Non
     _store_scales(steps, rule.kind, stored)
 
 
-@_compiled
+@compiled
 def _store_scales(steps: Floats, kind: int, stored: Words) -> None:
     shift = np.uint32(16 if kind == TO_BF16 else 0)
     for tile in range(steps.size):
         stored[tile] = np.uint32(_bits(steps[tile]) >> shift)
 
 
-@_compiled
+@compiled
 def _choose_shifted(tiles: Tiles, rule: Rule, codec: Codec, stored: Words) -> None:
     """Compute `scale = (high - low) / (2**bits - 1)` and `zero_point = first - low / scale`, scale not yet rounded."""
     eps = _BF16_EPS if rule.kind == TO_BF16 else _F32_EPS
@@ -404,7 +418,7 @@ def _choose_shifted(tiles: Tiles, rule: Rule, codec: Codec, stored: Words) -> No
     _store_scales(tiles.steps, rule.kind, stored)
 
 
-@_compiled
+@compiled
 def _choose_mx(amax: Floats, rule: Rule, stored: Octets, steps: Floats) -> None:
     """Choose shared exponents `e(amax) - mx_offset`, saturating, one more from mantissa 1.75 on."""
     for tile in range(amax.size):
@@ -415,7 +429,7 @@ def _choose_mx(amax: Floats, rule: Rule, stored: Octets, steps: Floats) -> None:
         steps[tile] = _float(bits)
 
 
-@_compiled
+@compiled
 def _choose_nvfp4(amax: Floats, rule: Rule, stored: Octets, steps: Floats) -> None:
     """Compute local scales `e4m3(global_scale * (amax / 6))`, and 0.125 (code 0x20) instead of 0."""
     for tile in range(amax.size):
@@ -432,10 +446,10 @@ def vectors_per_step(width: int, cols: int) -> int:
     return width // COUNT if width % COUNT == 0 else 1
 
 
-_vectors_per_step = _compiled(vectors_per_step)
+_vectors_per_step = compiled(vectors_per_step)
 
 
-@_compiled
+@compiled
 def _spread(per_tile: Floats, width: int, cols: int, out: Floats) -> None:
     """Give each tile, or each column, its number: see `Work.steps`."""
     if width % COUNT == 0 or width >= cols:
@@ -447,7 +461,7 @@ def _spread(per_tile: Floats, width: int, cols: int, out: Floats) -> None:
     out[per_tile.size * width :] = per_tile[per_tile.size - 1]
 
 
-@_spliced
+@spliced
 def _widen_lanes(raw: Vector, itemsize: int, is_half: bool) -> Vector:  # noqa: FBT001 - numba takes positions
     """Convert raw bits to float32."""
     if itemsize == 4:
@@ -462,8 +476,8 @@ def _widen_lanes(raw: Vector, itemsize: int, is_half: bool) -> Vector:  # noqa: 
     return vectors.floats(chosen | (wide & np.uint32(0x8000)) << 16)
 
 
-@_spliced
-def _lift(
+@spliced
+def _lift_lanes(
     magnitude: Vector, highest: np.uint32, normal: np.uint32, lift: np.uint32, shift: int
 ) -> tuple[Vector, Vector]:
     """As `_to_e4m3`, for floats whose largest number, smallest normal one and lift have these bits.
@@ -477,23 +491,35 @@ def _lift(
     return vectors.bits(lifted) + (exponent >> shift), lifted - lifting
 
 
-@_spliced
+@spliced
+def lift_float8(magnitude: Vector) -> tuple[Vector, Vector]:
+    """E4M3 codes of float32 bits without sign, and what they stand for."""
+    return _lift_lanes(magnitude, _E4M3_MAX, _E4M3_NORMAL, _E4M3_LIFT, 20)
+
+
+@spliced
+def lift_float4(magnitude: Vector) -> tuple[Vector, Vector]:
+    """As `lift_float8`, E2M1; only the low three bits of a code count."""
+    return _lift_lanes(magnitude, _E2M1_MAX, _E2M1_NORMAL, _E2M1_LIFT, 22)
+
+
+@spliced
 def _round_float8(value: Vector, magnitude: Vector, step: Vector) -> tuple[Vector, Vector]:
     """E4M3 codes of `value / step`, and the magnitudes of what they stand for."""
-    code, left = _lift(vectors.bits(magnitude / step), _E4M3_MAX, _E4M3_NORMAL, _E4M3_LIFT, 20)
+    code, left = lift_float8(vectors.bits(magnitude / step))
     return code | vectors.bits(value) >> 24 & np.uint32(128), left
 
 
-@_spliced
+@spliced
 def _round_float4(quotient: Vector) -> tuple[Vector, Vector]:
-    """As `_round_float8`, E2M1; the sign in bit 3 is that of a quotient below 0."""
-    code, left = _lift(vectors.bits(quotient) & _MAGNITUDE, _E2M1_MAX, _E2M1_NORMAL, _E2M1_LIFT, 22)
+    """As `round_float8`, E2M1; the sign in bit 3 is that of a quotient below 0."""
+    code, left = lift_float4(vectors.bits(quotient) & _MAGNITUDE)
     code = code & np.uint32(7)
     return vectors.select(quotient < np.float32(0), code | np.uint32(8), code), left
 
 
-@_spliced
-def _round_integers(quotient: Vector, codec: Codec) -> tuple[Vector, Vector]:
+@spliced
+def round_integers(quotient: Vector, codec: Codec) -> tuple[Vector, Vector]:
     """Integer codes with `codec.bias` added, and what they stand for."""
     bounded = vectors.smaller(
         vectors.larger(quotient, vectors.splat(codec.low, COUNT)), vectors.splat(codec.high, COUNT)
@@ -502,14 +528,14 @@ def _round_integers(quotient: Vector, codec: Codec) -> tuple[Vector, Vector]:
     return vectors.bits(lifted) + np.uint32(codec.bias - _WHOLE_BITS), lifted - _WHOLE
 
 
-@_spliced
+@spliced
 def _join(codes: Vector, width: int) -> Vector:
     """Put the `width` low bits of each two lanes side by side."""
     both = vectors.twos(codes)
     return vectors.lows(both | both >> (32 - width))
 
 
-@_spliced
+@spliced
 def _store_codes(codes: Vector, width: int, out: Octets, place: int) -> None:
     """Write the `width` low bits of `COUNT` codes as a dense little-endian bit stream, and up to `SLACK` bytes more."""
     if width == 8:
@@ -525,12 +551,12 @@ def _store_codes(codes: Vector, width: int, out: Octets, place: int) -> None:
         vectors.store(out, place + width, vectors.lane(eight, 1))
 
 
-@_spliced
+@spliced
 def _add_squares(totals: Vector, ring: Floats, slot: int) -> Vector:
     return vectors.add_squares(totals, vectors.load(ring, slot, COUNT))
 
 
-@_spliced
+@spliced
 def _encode_as(
     kind: int, raw: Raw, ahead: Raw, source: Source, entry: int, codec: Codec, work: Work, out: Octets
 ) -> Found:
@@ -558,9 +584,9 @@ def _encode_as(
             width, sized = 4, vectors.floats(vectors.bits(value) & _MAGNITUDE)
             code, left = _round_float4(value / step)
         elif kind == INTEGER:
-            code, left = _round_integers(value / step, codec)
+            code, left = round_integers(value / step, codec)
         else:
-            code, left = _round_integers(value / step + offset, codec)
+            code, left = round_integers(value / step + offset, codec)
             left = left - offset
         _store_codes(code, width, out, j // 8 * width)
         dequantized = left * step
@@ -578,7 +604,7 @@ def _encode_as(
     return Found(error, weight, np.uint32(0), vectors.largest(worst), 0, nonzero - alive, nonzero)
 
 
-@_compiled
+@compiled
 def _encode_vectors(raw: Raw, ahead: Raw, source: Source, entry: int, codec: Codec, work: Work, out: Octets) -> Found:
     """Give each kind of codes a loop of its own, without branches."""
     if codec.kind == FLOAT8:
@@ -590,7 +616,7 @@ def _encode_vectors(raw: Raw, ahead: Raw, source: Source, entry: int, codec: Cod
     return _encode_as(SHIFTED, raw, ahead, source, entry, codec, work, out)
 
 
-@_compiled
+@compiled
 def _count_clipped(raw: Raw, source: Source, entry: int, codec: Codec, work: Work) -> int:
     """Count quotients beyond the bounds; only for the rare band that may have some."""
     clipped = 0
@@ -606,7 +632,7 @@ def _count_clipped(raw: Raw, source: Source, entry: int, codec: Codec, work: Wor
     return clipped
 
 
-@_compiled
+@compiled
 def _may_clip(tiles: Tiles, codec: Codec) -> bool:
     """Whether the extremes of a tile lie beyond the bounds: rounding keeps quotients in order."""
     found = False
@@ -618,11 +644,38 @@ def _may_clip(tiles: Tiles, codec: Codec) -> bool:
     return found
 
 
-@_spliced
+@compiled
+def _take_given(tiles: Tiles, rule: Rule, codec: Codec, out: Outputs, first: int) -> None:
+    """Read the scales of one band of tiles from where they are stored."""
+    shift = np.uint32(16 if rule.kind == TO_BF16 else 0)
+    for tile in range(tiles.steps.size):
+        place = first + tile
+        if rule.kind == TO_NVFP4:
+            tiles.steps[tile] = _from_e4m3(np.uint32(out.exponents[place])) / rule.shared
+        elif rule.kind == TO_MX:
+            bits = np.uint32(out.exponents[place]) << np.uint32(23)
+            tiles.steps[tile] = _float(np.uint32(1 << 22) if bits == np.uint32(0) else np.uint32(bits))
+        else:
+            tiles.steps[tile] = _float(np.uint32(out.scales[place] << shift))
+        if codec.kind == SHIFTED:
+            tiles.offsets[tile] = np.float32(out.zero_points[place])
+
+
+@compiled
+def _from_e4m3(code: np.uint32) -> np.float32:
+    """Value of an E4M3 code without sign."""
+    if code < np.uint32(8):
+        return np.float32(code) * np.float32(2.0**-9)
+    return _float(np.uint32(np.uint32(code << np.uint32(20)) + np.uint32(120 << 23)))
+
+
+@spliced
 def _choose(tiles: Tiles, rule: Rule, codec: Codec, out: Outputs, first: int) -> None:
     """Choose the scales of one band of tiles and store them from tile `first` on."""
     count = tiles.high.size
-    if codec.kind == SHIFTED:
+    if rule.is_given:
+        _take_given(tiles, rule, codec, out, first)
+    elif codec.kind == SHIFTED:
         _choose_shifted(tiles, rule, codec, out.scales[first : first + count])
         for tile in range(count):
             out.zero_points[first + tile] = np.int8(tiles.offsets[tile])
@@ -634,7 +687,7 @@ def _choose(tiles: Tiles, rule: Rule, codec: Codec, out: Outputs, first: int) ->
         _choose_plain(tiles.high, rule, out.scales[first : first + count], tiles.steps)
 
 
-@_spliced
+@spliced
 def _read_band(raw: Raw, tiling: Tiling, is_shifted: bool, pairs: Words, tiles: Tiles) -> None:  # noqa: FBT001
     """Find the extremes of one band of tiles, `raw` being its rows."""
     tiles.top[:] = np.uint32(0)
@@ -647,7 +700,7 @@ def _read_band(raw: Raw, tiling: Tiling, is_shifted: bool, pairs: Words, tiles: 
             _raise_tops(row, tiling.width, pairs, tiles.top)
 
 
-@_compiled
+@compiled
 def _largest_of(bits: Words) -> np.uint32:
     largest = np.uint32(0)
     for j in range(bits.size):
@@ -655,7 +708,7 @@ def _largest_of(bits: Words) -> np.uint32:
     return largest
 
 
-@_compiled
+@compiled
 def _widen_extremes(raw: Raw, tiling: Tiling, is_shifted: bool, tiles: Tiles) -> None:  # noqa: FBT001
     """Convert the extremes of a band to float32."""
     _widen_all(tiles.top, raw.itemsize, tiling.is_half, tiles.high)
@@ -665,7 +718,7 @@ def _widen_extremes(raw: Raw, tiling: Tiling, is_shifted: bool, tiles: Tiles) ->
             tiles.low[tile] = -tiles.low[tile]
 
 
-@_spliced
+@spliced
 def _merge(one: Found, other: Found) -> Found:
     return Found(
         one.squared_error + other.squared_error,
@@ -678,7 +731,7 @@ def _merge(one: Found, other: Found) -> Found:
     )
 
 
-@_spliced
+@spliced
 def _encode_part(raw: Raw, ahead: Raw, source: Source, entry: int, codec: Codec, work: Work, out: Octets) -> Found:
     found = _encode_vectors(raw, ahead, source, entry, codec, work, out)
     if not source.may_clip:
@@ -687,7 +740,7 @@ def _encode_part(raw: Raw, ahead: Raw, source: Source, entry: int, codec: Codec,
     return _merge(found, Found(0.0, 0.0, np.uint32(0), np.uint32(0), clipped, 0, 0))
 
 
-@_spliced
+@spliced
 def _copy_bits(codes: Octets, size: int, out: Octets) -> None:
     """Copy the first `size` bits, and make the rest of `out` zeros."""
     whole, rest = size // 8, size % 8
@@ -698,7 +751,7 @@ def _copy_bits(codes: Octets, size: int, out: Octets) -> None:
         out[whole] = np.uint8(codes[whole] & np.uint8((1 << rest) - 1))
 
 
-@_compiled
+@compiled
 def _encode_row(row: Raw, ahead: Raw, source: Source, codec: Codec, work: Work, out: Octets, stride: int) -> Found:
     """Encode a row whose tiles have their steps into `stride` bytes; `ahead` will be read by the next band."""
     whole = row.size // COUNT * COUNT
@@ -714,7 +767,7 @@ def _encode_row(row: Raw, ahead: Raw, source: Source, codec: Codec, work: Work, 
     return found
 
 
-@_compiled
+@compiled
 def encode(raw: Raw, tiling: Tiling, codec: Codec, rule: Rule, tiles: Tiles, work: Work, out: Outputs) -> Found:
     """Quantize a row block."""
     count = tiles.top.size
@@ -745,7 +798,7 @@ def encode(raw: Raw, tiling: Tiling, codec: Codec, rule: Rule, tiles: Tiles, wor
     return found
 
 
-@_compiled
+@compiled
 def pack_rows(zero_points: npt.NDArray[np.int8], bits: int, out: Words) -> None:
     """Pack zero points [R, C] along the rows into words [ceil(R * bits / 32), C], which are 0 so far."""
     for row in range(len(zero_points)):

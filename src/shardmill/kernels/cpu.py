@@ -25,11 +25,12 @@ import numpy as np
 import numpy.typing as npt
 
 from shardmill.core.dtypes import BITS, COMPUTABLE
-from shardmill.core.scheme import WeightArgs
+from shardmill.core.scheme import Search, WeightArgs
+from shardmill.core.search import code_bounds, moves_of
 from shardmill.core.statistics import Extent, Statistics
 
 if TYPE_CHECKING:
-    from shardmill.kernels.compiled import Codec, Found, Rule, Tiling
+    from shardmill.kernels.compiled import Codec, Found, Outputs, Rule, Tiling
 
 Array = npt.NDArray[Any]
 Buffer = bytearray | memoryview | Array
@@ -112,12 +113,19 @@ class Workspace:
 
     def __init__(self) -> None:
         self._octets = np.empty(0, np.uint8)
+        self._values = np.empty(0, np.float32)
 
     def take(self, size: int) -> npt.NDArray[np.uint8]:
         """Give `size` bytes of any content, the same as last time."""
         if self._octets.size < size:
             self._octets = np.empty(size, np.uint8)
         return self._octets[:size]
+
+    def take_values(self, size: int) -> npt.NDArray[np.float32]:
+        """As `take`, for `size` numbers beside the codes."""
+        if self._values.size < size:
+            self._values = np.empty(size, np.float32)
+        return self._values[:size]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +194,7 @@ def encode(
     format: str,  # noqa: A002 - the glossary's word
     scale_dtype: str,
     whole: Extent | None = None,
+    search: Search | None = None,
     workspace: Workspace | None = None,
 ) -> Encoded:
     """Quantize one row block of a weight, as `reference.encode`.
@@ -197,6 +206,7 @@ def encode(
         format: as `Scheme.format`.
         scale_dtype: safetensors name of the dtype of FP8 and INT scales.
         whole: extent of the tensor (strategy `tensor`) or of its fused set (`tensor_group`).
+        search: how scales are chosen; None: from the extremes of each tile alone.
         workspace: the codes returned lie in its memory and last until its next use.
 
     Raises:
@@ -207,7 +217,8 @@ def encode(
     tiling = _tiling(args, rows.shape, kind)
     stride, width = _row_bytes(args, format, tiling.cols)
     codec = _codec(args, width, is_packed=format == _PACKED)
-    room = (workspace or Workspace()).take(tiling.rows * stride + loops.SLACK)
+    workspace = workspace or Workspace()
+    room = workspace.take(tiling.rows * stride + loops.SLACK)
     octets = room[: -loops.SLACK]
     grid = -(-tiling.rows // tiling.height), -(-tiling.cols // tiling.width)
     rule = _rule(args, scale_dtype, whole)
@@ -220,6 +231,9 @@ def encode(
     )
     tiles, work = loops.new_tiles(grid[1]), loops.new_work(bits[: tiling.cols], tiling.width)
     found: Found = loops.encode(bits, tiling, codec, rule, tiles, work, out)
+    if search is not None:
+        _search(bits, tiling, codec, rule, args, search, workspace, out)
+        found = loops.encode(bits, tiling, codec, rule._replace(is_given=True), tiles, work, out)
     name, codes = _codes(octets, args, format, tiling)
     tensors = {name: codes, "weight_scale": out.exponents if is_narrow else _scales(out.scales, scale_dtype)}
     if not args.symmetric:
@@ -313,8 +327,40 @@ def _rule(args: WeightArgs, scale_dtype: str, whole: Extent | None) -> Rule:
         is_fixed=is_fixed,
         low=np.float32(extent.low),
         high=np.float32(extent.amax if args.symmetric else extent.high),
+        is_given=False,
     )
     return rule
+
+
+def _search(
+    bits: Array,
+    tiling: Tiling,
+    codec: Codec,
+    rule: Rule,
+    args: WeightArgs,
+    search: Search,
+    workspace: Workspace,
+    out: Outputs,
+) -> None:
+    """Replace the min/max scales of a row block in `out` by better ones."""
+    from shardmill.kernels import compiled_search as hunting  # compiles for seconds, and few ask for it
+
+    moves, halves = moves_of(args), round(2 * search.norm)
+    is_wide = args.strategy in ("channel", "block") or tiling.width > hunting.NARROW
+    magic, (first, last) = np.float32(moves.magic), code_bounds(args)
+    hunt = hunting.Hunt(
+        moves=np.array(moves.moves, np.int32),
+        unit=np.float32(moves.unit),
+        magic=magic,
+        most=np.nextafter(magic, np.float32(0)),
+        halves=halves,
+        first=np.uint32(first),
+        span=np.uint32(last - first + 1),
+    )
+    values = workspace.take_values(bits.size)
+    _compiled().widen(bits, tiling.is_half, values)
+    run = hunting.searcher(codec.kind, halves == 4)
+    run(values, tiling, is_wide, rule, codec, hunt, hunting.new_bench(tiling, is_wide), out)
 
 
 def _codes(octets: Array, args: WeightArgs, format: str, tiling: Tiling) -> tuple[str, Array]:  # noqa: A002 - as above

@@ -64,7 +64,8 @@ def _refuse_what_parsing_drops(data: Mapping[str, Any], found: Scheme) -> None:
 def scheme_to_ct(scheme: Scheme, targets: Sequence[str]) -> QuantizationScheme:
     """Build the object of compressed-tensors that means the same, for modules that match `targets`."""
     data = scheme_to_json(scheme)
-    data.pop("preset", None)
+    for own in ("preset", "search"):
+        data.pop(own, None)
     for args in filter(None, data.values()):
         if args.get("scale_dtype") == "torch.uint8":
             args["zp_dtype"] = "torch.uint8"

@@ -137,6 +137,7 @@ class CpuLane:
             format=scheme.format,
             scale_dtype=scale_dtype_for(dtype),
             whole=whole,
+            search=scheme.search,
             workspace=self._workspace,
         )
         tensors = {param: cpu.to_bytes(array) for param, array in found.tensors.items()}
@@ -224,7 +225,12 @@ class TorchLane:
             with self._stream:
                 rows = self._load(block, dtype, shape)
                 found = self._reference.encode(
-                    rows, scheme.weights, format=scheme.format, scale_dtype=scale_dtype_for(dtype), whole=whole
+                    rows,
+                    scheme.weights,
+                    format=scheme.format,
+                    scale_dtype=scale_dtype_for(dtype),
+                    whole=whole,
+                    search=scheme.search,
                 )
                 return self._fetch(found)
         except self._torch.OutOfMemoryError:

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from shardmill.core.scheme import WeightArgs
+from shardmill.core.scheme import Search, WeightArgs
 from shardmill.core.statistics import Extent, Statistics
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {
@@ -207,7 +207,7 @@ def _code_values(codes: Tensor) -> Tensor:
     return table[codes.to(torch.int32)]
 
 
-def _round_codes(quotient: Tensor, args: WeightArgs) -> Tensor:
+def round_codes(quotient: Tensor, args: WeightArgs) -> Tensor:
     """Clamp, then round to the nearest code, ties to even: int8, float8 or the uint8 code of a 4-bit float.
 
     `quotient` becomes the values of the codes.
@@ -223,7 +223,7 @@ def _round_codes(quotient: Tensor, args: WeightArgs) -> Tensor:
 
 
 def _round_e2m1(quotient: Tensor) -> Tensor:
-    """As `_round_codes`; ranks saturate, so nothing is clamped."""
+    """As `round_codes`; ranks saturate, so nothing is clamped."""
     tables = _e2m1_tables(quotient.device)
     ranks = _e2m1_ranks(quotient, tables)
     torch.index_select(tables.values, 0, ranks, out=quotient.view(-1))
@@ -292,7 +292,7 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Qparams:
+class Qparams:
     """Quantization parameters of a grid of tiles."""
 
     scale: Tensor
@@ -306,17 +306,18 @@ class _Qparams:
     def step(self) -> Tensor:
         """What one unit of code is worth: float32, broadcasts over tiles [Rb, br, Cb, bc]."""
         if self.scale.dtype == torch.uint8:
-            return _spread(_power_of_two(self.scale))
+            return spread(_power_of_two(self.scale))
         scale = self.scale.to(torch.float32)
-        return _spread(scale if self.global_scale is None else scale / self.global_scale)
+        return spread(scale if self.global_scale is None else scale / self.global_scale)
 
     @property
     def offset(self) -> Tensor | None:
         """Code of zero, shaped as `step`."""
-        return None if self.zero_point is None else _spread(self.zero_point)
+        return None if self.zero_point is None else spread(self.zero_point)
 
 
-def _spread(grid: Tensor) -> Tensor:
+def spread(grid: Tensor) -> Tensor:
+    """Let a grid [Rb, Cb] broadcast over tiles."""
     return grid[:, None, :, None]
 
 
@@ -349,13 +350,13 @@ def _or_eps(scale: Tensor, eps: float) -> Tensor:
     return scale.masked_fill_(scale == 0, eps)
 
 
-def _symmetric(amax: Tensor, args: WeightArgs, dtype: torch.dtype) -> _Qparams:
+def _symmetric(amax: Tensor, args: WeightArgs, dtype: torch.dtype) -> Qparams:
     """Compute `scale = amax / code_max`, rounded once."""
     scale = _divided(amax, args.code_max).to(dtype)
-    return _Qparams(scale=_or_eps(scale, torch.finfo(dtype).eps))
+    return Qparams(scale=_or_eps(scale, torch.finfo(dtype).eps))
 
 
-def _asymmetric(low: Tensor, high: Tensor, args: WeightArgs, dtype: torch.dtype) -> _Qparams:
+def _asymmetric(low: Tensor, high: Tensor, args: WeightArgs, dtype: torch.dtype) -> Qparams:
     """Compute `scale = (high - low) / (2**bits - 1)` and `zero_point = first - low / scale` from the unrounded scale.
 
     Where the stored scale underflows, the zero point is 0.
@@ -369,23 +370,23 @@ def _asymmetric(low: Tensor, high: Tensor, args: WeightArgs, dtype: torch.dtype)
     scale = exact.to(dtype)
     zero_point = (first - low / exact).clamp(first, last).round_()
     zero_point = torch.where(scale == 0, torch.zeros_like(zero_point), zero_point)
-    return _Qparams(scale=_or_eps(scale, torch.finfo(dtype).eps), zero_point=zero_point)
+    return Qparams(scale=_or_eps(scale, torch.finfo(dtype).eps), zero_point=zero_point)
 
 
-def _nvfp4(amax: Tensor, args: WeightArgs, shared: Tensor) -> _Qparams:
+def _nvfp4(amax: Tensor, args: WeightArgs, shared: Tensor) -> Qparams:
     """Compute local scales `e4m3(global_scale * (amax / 6))`."""
     local = _divided(amax, args.code_max).mul_(shared).clamp_(max=torch.finfo(torch.float8_e4m3fn).max)
     rounded = local.copy_(local.to(torch.float8_e4m3fn))
-    return _Qparams(scale=_or_eps(rounded, _NVFP4_EPS).to(torch.float8_e4m3fn), global_scale=shared)
+    return Qparams(scale=_or_eps(rounded, _NVFP4_EPS).to(torch.float8_e4m3fn), global_scale=shared)
 
 
-def _choose_qparams(low: Tensor, high: Tensor, args: WeightArgs, scale_dtype: str, whole: Extent | None) -> _Qparams:
+def _choose_qparams(low: Tensor, high: Tensor, args: WeightArgs, scale_dtype: str, whole: Extent | None) -> Qparams:
     if args.strategy == "tensor":
         extent = _given(whole, args)
         low, high = (_as_float32(bound, low.device)[None] for bound in (extent.low, extent.high))
     amax = torch.maximum(high, -low)
     if args.is_mx:
-        return _Qparams(scale=mx_exponents(amax, args.num_bits))
+        return Qparams(scale=mx_exponents(amax, args.num_bits))
     if args.has_global_scale:
         return _nvfp4(amax, args, global_scale(_given(whole, args), amax.device))
     if args.symmetric:
@@ -447,6 +448,7 @@ def encode(
     format: str,  # noqa: A002 - the glossary's word
     scale_dtype: str,
     whole: Extent | None = None,
+    search: Search | None = None,
 ) -> Encoded:
     """Quantize one row block of a weight.
 
@@ -461,6 +463,7 @@ def encode(
         format: as `Scheme.format`.
         scale_dtype: safetensors name of the dtype of FP8 and INT scales; NVFP4 and MX have one of their own.
         whole: extent of the tensor (strategy `tensor`) or of its fused set (`tensor_group`).
+        search: how scales are chosen; None: from the extremes of each tile alone.
 
     Raises:
         ValueError: `whole` is missing.
@@ -469,6 +472,10 @@ def encode(
     tiles = _to_tiles(rows.to(torch.float32) if rows.dtype == torch.float64 else rows, args)
     extremes = _extremes(tiles)
     qparams = _choose_qparams(*extremes, args, scale_dtype, whole)
+    if search is not None:
+        from shardmill.kernels import reference_search  # which is written in terms of this module
+
+        qparams = reference_search.choose(tiles, extremes, qparams, args, search)
     codes, found = _encode_tiles(tiles, qparams, args)
     codes = _from_tiles(codes, (rows.shape[0], rows.shape[1]))
     tensors = _stored_codes(codes, args, format) | _stored_qparams(qparams, args, format)
@@ -476,14 +483,14 @@ def encode(
     return Encoded(tensors=tensors, statistics=statistics, finite=torch.tensor(isfinite(statistics.amax)))
 
 
-def _encode_tiles(tiles: Tensor, qparams: _Qparams, args: WeightArgs) -> tuple[Tensor, list[Tensor]]:
+def _encode_tiles(tiles: Tensor, qparams: Qparams, args: WeightArgs) -> tuple[Tensor, list[Tensor]]:
     """Return codes [Rb, br, Cb, bc] and what `_compare` finds about them."""
-    values = _quotients(tiles, qparams)
-    codes = _round_codes(values, args)
-    return codes, _compare(tiles, _dequantize(values, qparams))
+    values = quotients(tiles, qparams)
+    codes = round_codes(values, args)
+    return codes, _compare(tiles, dequantize(values, qparams))
 
 
-def _quotients(tiles: Tensor, qparams: _Qparams) -> Tensor:
+def quotients(tiles: Tensor, qparams: Qparams) -> Tensor:
     """Compute `tile / step + zero_point` as float32."""
     quotient = tiles / qparams.step
     return quotient if qparams.offset is None else quotient.add_(qparams.offset)
@@ -495,7 +502,7 @@ def _stored_codes(codes: Tensor, args: WeightArgs, format: str) -> dict[str, Ten
     return {"weight_packed": pack_bits(codes, args.num_bits)} if format == _PACKED else {"weight": codes}
 
 
-def _stored_qparams(qparams: _Qparams, args: WeightArgs, format: str) -> dict[str, Tensor]:  # noqa: A002 - as in encode
+def _stored_qparams(qparams: Qparams, args: WeightArgs, format: str) -> dict[str, Tensor]:  # noqa: A002 - as in encode
     stored = {"weight_scale": qparams.scale}
     if qparams.zero_point is not None:
         stored["weight_zero_point"] = qparams.zero_point.to(torch.int8)
@@ -510,7 +517,7 @@ def _packs_zero_points(args: WeightArgs, format: str) -> bool:  # noqa: A002 - a
     return format == _PACKED and args.strategy in ("group", "channel")
 
 
-def _dequantize(values: Tensor, qparams: _Qparams) -> Tensor:
+def dequantize(values: Tensor, qparams: Qparams) -> Tensor:
     """Compute `(value - zero_point) * step` in place; values of codes, float32 [Rb, br, Cb, bc]."""
     return (values if qparams.offset is None else values.sub_(qparams.offset)).mul_(qparams.step)
 
@@ -528,7 +535,7 @@ def decode(
     """
     values = _code_values(_load_codes(tensors, args, format, shape))
     qparams = _load_qparams(tensors, args, format, shape)
-    return _from_tiles(_dequantize(_to_tiles(values, args), qparams), shape)
+    return _from_tiles(dequantize(_to_tiles(values, args), qparams), shape)
 
 
 def _load_codes(tensors: Mapping[str, Tensor], args: WeightArgs, format: str, shape: tuple[int, int]) -> Tensor:  # noqa: A002
@@ -539,13 +546,13 @@ def _load_codes(tensors: Mapping[str, Tensor], args: WeightArgs, format: str, sh
     return tensors["weight"]
 
 
-def _load_qparams(tensors: Mapping[str, Tensor], args: WeightArgs, format: str, shape: tuple[int, int]) -> _Qparams:  # noqa: A002
+def _load_qparams(tensors: Mapping[str, Tensor], args: WeightArgs, format: str, shape: tuple[int, int]) -> Qparams:  # noqa: A002
     height, width = _tile_size(args, shape)
     grid = -(-shape[0] // height), -(-shape[1] // width)
     zero_point = tensors.get("weight_zero_point")
     if zero_point is not None and _packs_zero_points(args, format):
         zero_point = unpack_bits(zero_point.t(), args.num_bits, shape[0]).t()
-    return _Qparams(
+    return Qparams(
         scale=tensors["weight_scale"].reshape(grid),
         zero_point=None if zero_point is None else zero_point.reshape(grid).to(torch.float32),
         global_scale=tensors.get("weight_global_scale"),
@@ -608,7 +615,7 @@ def _statistics(
     found: list[Tensor],
     tiles: Tensor,
     extremes: tuple[Tensor, Tensor],
-    qparams: _Qparams,
+    qparams: Qparams,
     args: WeightArgs,
 ) -> Statistics:
     """Fetch what `_compare` found, in one transfer.
@@ -617,7 +624,7 @@ def _statistics(
     has clipped elements only if one of its `extremes` is one: hardly ever, and only then they are counted.
     """
     low, high = extremes
-    outermost = torch.stack([_quotients(_spread(bound), qparams) for bound in extremes])
+    outermost = torch.stack([quotients(spread(bound), qparams) for bound in extremes])
     numbers = [*found, torch.maximum(high, -low).amax(), _is_clipped(outermost, args).any()]
     fetched = torch.stack([number.to(torch.float64) for number in numbers]).tolist()
     squared_error, squared_weight, max_error, nonzero, left, amax, has_clipped = fetched
@@ -627,7 +634,7 @@ def _statistics(
         squared_weight=squared_weight,
         max_error=max_error,
         amax=amax,
-        clipped=int(_count_nonzero(_is_clipped(_quotients(tiles, qparams), args).to(torch.bfloat16)))
+        clipped=int(_count_nonzero(_is_clipped(quotients(tiles, qparams), args).to(torch.bfloat16)))
         if has_clipped
         else 0,
         zeroed=int(nonzero - left),

@@ -146,6 +146,30 @@ def _generate_store(_typing: Any, array: Any, index: Any, value: Any) -> Any:
     return types.none(array, index, value), generate
 
 
+def _generate_transpose(_typing: Any, source: Any, index: Any, stride: Any, target: Any, place: Any) -> Any:
+    """Read `COUNT` rows of `COUNT` float32 numbers from `index` on, `stride` apart, and write their columns."""
+
+    def generate(context: Any, builder: Any, _: Any, operands: Any) -> Any:
+        kind, number = ir.VectorType(ir.FloatType(), COUNT), operands[1].type
+        first, step = operands[1], operands[2]
+        rows = []
+        for row in range(COUNT):
+            at = builder.add(first, builder.mul(step, ir.Constant(number, row)))
+            rows.append(builder.load(_place(context, builder, source, [operands[0], at], kind), align=4))
+        low = [lane // 2 + COUNT * (lane % 2) for lane in range(COUNT)]
+        high = [COUNT // 2 + lane for lane in low]
+        for _ in range(COUNT.bit_length() - 1):  # as often as it can be halved, riffle the halves of the deck
+            half = COUNT // 2
+            pairs = [(rows[row], rows[row + half]) for row in range(half)]
+            rows = [_shuffle(builder, *pair, order) for pair in pairs for order in (low, high)]
+        for row, lanes in enumerate(rows):
+            at = builder.add(operands[4], ir.Constant(operands[4].type, row * COUNT))
+            builder.store(lanes, _place(context, builder, target, [operands[3], at], kind), align=4)
+        return context.get_dummy_value()
+
+    return types.none(source, index, stride, target, place), generate
+
+
 def _generate_fetch(_typing: Any, array: Any, index: Any) -> Any:
     """Ask for the cache line of `array[index]` without waiting for it; it need not exist."""
 
@@ -190,6 +214,41 @@ def _generate_words(_typing: Any, lanes: Any) -> Any:
     def generate(context: Any, builder: Any, _: Any, x: Any) -> Any:
         convert = builder.trunc if lanes.dtype.bitwidth > 32 else builder.zext
         return convert(x[0], _vector(context, out))
+
+    return out(lanes), generate
+
+
+def _generate_doubles(_typing: Any, lanes: Any) -> Any:
+    """Float32 numbers, or 32-bit whole ones, as float64: all exactly."""
+    out = Lanes(types.float64, lanes.count)
+
+    def generate(context: Any, builder: Any, _: Any, x: Any) -> Any:
+        convert = builder.fpext if isinstance(lanes.dtype, types.Float) else builder.uitofp
+        return convert(x[0], _vector(context, out))
+
+    return out(lanes), generate
+
+
+def _generate_root(_typing: Any, lanes: Any) -> Any:
+    """Square roots of float lanes, correctly rounded."""
+
+    def generate(context: Any, builder: Any, _: Any, x: Any) -> Any:
+        kind = _vector(context, lanes)
+        name = f"llvm.sqrt.v{lanes.count}f{lanes.dtype.bitwidth}"
+        root = builder.module.declare_intrinsic(name, (), ir.FunctionType(kind, [kind]))
+        return builder.call(root, [x[0]])
+
+    return lanes(lanes), generate
+
+
+def _generate_power_of_two(_typing: Any, lanes: Any) -> Any:
+    """Float64 numbers of which 32-bit lanes are the biased exponents."""
+    out = Lanes(types.float64, lanes.count)
+
+    def generate(context: Any, builder: Any, _: Any, x: Any) -> Any:
+        wide = ir.VectorType(ir.IntType(64), lanes.count)
+        shift = ir.Constant(wide, [52] * lanes.count)
+        return builder.bitcast(builder.shl(builder.zext(x[0], wide), shift), _vector(context, out))
 
     return out(lanes), generate
 
@@ -305,11 +364,15 @@ def _generate_lane(_typing: Any, lanes: Any, index: Any) -> Any:
 
 load: Final[Any] = intrinsic(prefer_literal=True)(_generate_load)
 store: Final[Any] = intrinsic(_generate_store)
+transpose: Final[Any] = intrinsic(_generate_transpose)
 fetch: Final[Any] = intrinsic(_generate_fetch)
 splat: Final[Any] = intrinsic(prefer_literal=True)(_generate_splat)
 bits: Final[Any] = intrinsic(_generate_bits)
 floats: Final[Any] = intrinsic(_generate_floats)
 words: Final[Any] = intrinsic(_generate_words)
+doubles: Final[Any] = intrinsic(_generate_doubles)
+power_of_two: Final[Any] = intrinsic(_generate_power_of_two)
+root: Final[Any] = intrinsic(_generate_root)
 octets: Final[Any] = intrinsic(_generate_octets)
 twos: Final[Any] = intrinsic(_generate_twos)
 lows: Final[Any] = intrinsic(_generate_lows)

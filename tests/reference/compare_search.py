@@ -1,0 +1,396 @@
+"""Compare `--search mse` with min/max scales and with the observers of llm-compressor: error, divergence, time.
+
+    python tests/reference/compare_search.py [--write docs/search.md]
+
+Four results of each scheme on two checkpoints: the reference with min/max, the reference with its best observer,
+shardmill with min/max, shardmill with `--search mse`. Environment and judge are those of `compare_quality.py`.
+
+Exits with 1 when a weight has more error than any of the others leaves it, or when `--search mse` takes too long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as pytest does; the other side imports nothing of it
+
+IGNORE: Final = ("lm_head", "re:.*embed_tokens")
+LARGEST_TIME_RATIO: Final = 3.0
+"""Processor time of a run with the search over that of a run without."""
+ROUNDING: Final = 1e-5
+"""Share of an error that may be due to the rounding of sums."""
+OBSERVERS: Final = ("memoryless_mse", "nvfp4_expanded_mse")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One scheme; groups of 128 do not divide the 576 columns of the example checkpoint."""
+
+    preset: str
+    group_size: int | None = None
+
+    @property
+    def name(self) -> str:
+        """For people, and for folders."""
+        return f"{self.preset}-g{self.group_size}" if self.group_size else self.preset
+
+    @property
+    def observers(self) -> tuple[str, ...]:
+        """Observers of the reference that search for a better scale."""
+        return OBSERVERS if self.preset.startswith("NVFP4") else OBSERVERS[:1]
+
+
+CASES: Final = (
+    Case("FP8_DYNAMIC"),
+    Case("FP8_BLOCK"),
+    Case("W8A8"),
+    Case("W4A16", 64),
+    Case("W4A16", 32),
+    Case("W4A16_ASYM", 64),
+    Case("W4A16_ASYM", 32),
+    Case("W3A16", 64),
+    Case("NVFP4A16"),
+    Case("MXFP4A16"),
+    Case("MXFP8A16"),
+)
+VARIANTS: Final = ("reference min/max", "reference searched", "shardmill", "shardmill --search mse")
+MINMAX_THEIRS, SEARCHED_THEIRS, MINMAX_OURS, SEARCHED_OURS = VARIANTS
+
+
+# ---- the other side ---------------------------------------------------------------------------------------------
+
+
+def _reference_main() -> None:
+    """Quantize in the other environment; tells the error and the processor seconds of each job."""
+    model_free_ptq: Any = importlib.import_module("llmcompressor").model_free_ptq
+    preset_name_to_scheme: Any = importlib.import_module("compressed_tensors.quantization").preset_name_to_scheme
+    request = json.load(sys.stdin)
+    told: dict[str, tuple[str, float]] = {}
+    for folder, preset, group_size, observer in request["jobs"]:
+        scheme = preset_name_to_scheme(preset, ["Linear"])
+        if group_size:
+            scheme.weights.group_size = group_size
+        if observer:
+            scheme.weights.observer = observer
+        started, error = time.process_time(), ""
+        try:
+            model_free_ptq(request["source"], Path(folder), scheme=scheme, ignore=list(IGNORE), device="cpu")
+        except Exception as failure:  # noqa: BLE001 - whatever it is, it is reported
+            error = f"{type(failure).__name__}: {failure}"
+        told[folder] = error, time.process_time() - started
+    sys.stdout.write("\n" + json.dumps(told) + "\n")
+
+
+def quantize_with_reference(jobs: Sequence[tuple[Path, Case, str]], source: Path) -> dict[Path, tuple[str, float]]:
+    """Run jobs, each a folder to write, a case and an observer or nothing."""
+    from reference.compare_quality import REFERENCE_PYTHON, THREADS
+
+    wanted = [[str(folder), case.preset, case.group_size, observer] for folder, case, observer in jobs]
+    done = subprocess.run(
+        [REFERENCE_PYTHON, __file__, "--reference"],
+        check=False,
+        capture_output=True,
+        text=True,
+        input=json.dumps({"source": str(source), "jobs": wanted}),
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        | {"OMP_NUM_THREADS": str(THREADS)},
+    )
+    if done.returncode:
+        raise RuntimeError(f"{REFERENCE_PYTHON} ended with {done.returncode}: {done.stderr[-2000:]}")
+    told = json.loads(done.stdout.splitlines()[-1])
+    return {Path(folder): (error, seconds) for folder, (error, seconds) in told.items()}
+
+
+# ---- our side ---------------------------------------------------------------------------------------------------
+
+
+def quantize_with_shardmill(case: Case, source: Path, destination: Path, search: str) -> float:
+    """Quantize the checkpoint through all stages; returns the processor seconds."""
+    from shardmill.core.recipe import uniform, with_search
+    from shardmill.core.scheme import parse_search, preset, with_group_size
+    from shardmill.stages.pipeline import RunOptions, run
+    from shardmill.stages.plan import Locations
+
+    scheme = preset(case.preset)
+    if case.group_size:
+        scheme = with_group_size(scheme, case.group_size)
+    recipe = with_search(uniform(scheme, ignore=IGNORE), parse_search(search))
+    started = time.process_time()
+    run(Locations(source=str(source), destination=str(destination)), recipe, RunOptions(device="cpu", workers=1))
+    return time.process_time() - started
+
+
+def tensors_of(checkpoint: Path) -> dict[str, Tensor]:
+    """All tensors by name."""
+    from safetensors.torch import load_file
+
+    return {
+        name: tensor for path in sorted(checkpoint.glob("*.safetensors")) for name, tensor in load_file(path).items()
+    }
+
+
+def squared_errors(source: Mapping[str, Tensor], checkpoint: Path, case: Case) -> dict[str, float]:
+    """Squared error by weight, of what compressed-tensors' formulas make of the stored bytes in float32."""
+    from shardmill.core.scheme import preset, with_group_size
+    from shardmill.kernels import reference
+
+    scheme = preset(case.preset)
+    if case.group_size:
+        scheme = with_group_size(scheme, case.group_size)
+    stored: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors_of(checkpoint).items():
+        module, _, param = name.rpartition(".")
+        stored.setdefault(module, {})[param] = tensor
+    found = {}
+    for module, params in stored.items():
+        if "weight_scale" in params:
+            weight = source[f"{module}.weight"].float()
+            shape = (weight.shape[0], weight.shape[1])
+            restored = reference.decode(params, scheme.weights, format=scheme.format, shape=shape)
+            found[module] = float((restored - weight).square().sum(dtype=torch.float64))
+    return found
+
+
+class Judge:
+    """The bf16 model's opinion of some tokens, and how far another model's is from it."""
+
+    def __init__(self, source: Path, tokens: Tensor) -> None:
+        from reference import compare_quality
+
+        torch.set_num_threads(compare_quality.THREADS)
+        self._quality = compare_quality
+        self.windows = tokens.split(compare_quality.WINDOW_TOKENS)
+        self.expected = self._opinion(source)
+        self.perplexity = self._perplexity(self.expected)
+
+    def _opinion(self, checkpoint: Path) -> list[Tensor]:
+        model = self._quality._load(checkpoint, self._quality.WEIGHTS)
+        return [self._quality._log_probabilities(model, window) for window in self.windows]
+
+    def _perplexity(self, opinion: Sequence[Tensor]) -> float:
+        pairs = zip(opinion, self.windows, strict=True)
+        lost = [-found.gather(1, window[1:, None]).sum(dtype=torch.float64) for found, window in pairs]
+        return math.exp(float(sum(lost)) / self.tokens)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are predicted."""
+        return sum(len(window) - 1 for window in self.windows)
+
+    def measure(self, checkpoint: Path) -> tuple[float, float]:
+        """Mean KL divergence in nats per token, and perplexity."""
+        opinion = self._opinion(checkpoint)
+        total = sum(
+            float((expected.exp() * (expected - found)).sum(dtype=torch.float64))
+            for expected, found in zip(self.expected, opinion, strict=True)
+        )
+        return total / self.tokens, self._perplexity(opinion)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One variant of one case."""
+
+    errors: Mapping[str, float]
+    """Squared error by weight."""
+    divergence: float
+    perplexity: float
+    seconds: float
+    failure: str = ""
+
+    @property
+    def error(self) -> float:
+        """Squared error of all weights."""
+        return math.fsum(self.errors.values())
+
+
+def make_heavy_tailed(folder: Path) -> tuple[Path, Tensor]:
+    """Write a small Llama whose weights have the tails of Student's t with 4 degrees, and tokens for it to read."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=512,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config)
+    tails = torch.distributions.StudentT(4.0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("_proj.weight"):
+                weight.copy_(tails.sample(weight.shape) * 0.7 * weight.shape[1] ** -0.5)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder, torch.randint(0, 512, (1024,))
+
+
+class Bench:
+    """A checkpoint, its judge, and all results of its cases."""
+
+    def __init__(self, title: str, source: Path, tokens: Tensor, folder: Path) -> None:
+        self.title, self.source, self.folder = title, source, folder
+        self.judge = Judge(source, tokens)
+        self.weights = tensors_of(source)
+        jobs = [
+            (self._place(case, observer or "minmax"), case, observer)
+            for case in CASES
+            for observer in ("", *case.observers)
+        ]
+        self.theirs = quantize_with_reference(jobs, source)
+
+    def _place(self, case: Case, variant: str) -> Path:
+        return self.folder / variant / case.name
+
+    def results(self, case: Case) -> dict[str, Result]:
+        """Measure all variants of a case."""
+        found = {
+            MINMAX_THEIRS: self._their(case, "minmax"),
+            SEARCHED_THEIRS: min(
+                (self._their(case, observer) for observer in case.observers), key=lambda result: result.error
+            ),
+        }
+        for variant, search in ((MINMAX_OURS, "none"), (SEARCHED_OURS, "mse")):
+            place = self._place(case, f"search-{search}")
+            warm = self._place(case, f"search-{search}-before")  # kernels are compiled, or loaded, the first time
+            quantize_with_shardmill(case, self.source, warm, search)
+            seconds = quantize_with_shardmill(case, self.source, place, search)
+            found[variant] = self._judged(case, place, seconds)
+        return found
+
+    def _their(self, case: Case, variant: str) -> Result:
+        place = self._place(case, variant)
+        failure, seconds = self.theirs[place]
+        if failure:
+            return Result({}, math.nan, math.nan, seconds, failure.splitlines()[0])
+        return self._judged(case, place, seconds)
+
+    def _judged(self, case: Case, place: Path, seconds: float) -> Result:
+        return Result(squared_errors(self.weights, place, case), *self.judge.measure(place), seconds)
+
+    @property
+    def squared_weights(self) -> float:
+        """Of the weights that are quantized."""
+        matrices = [t for name, t in self.weights.items() if name.endswith("_proj.weight")]
+        return math.fsum(float(t.double().square().sum()) for t in matrices)
+
+
+def rows(bench: Bench, case: Case, results: Mapping[str, Result]) -> Iterator[str]:
+    """Markdown of one case."""
+    least = min(result.divergence for result in results.values() if not math.isnan(result.divergence))
+    for variant, result in results.items():
+        if result.failure:
+            yield f"| {case.name} | {variant} | - | - | - | - | {result.failure[:60]} |"
+            continue
+        relative = math.sqrt(result.error / bench.squared_weights)
+        mark = "**" if result.divergence == least else ""
+        yield (
+            f"| {case.name} | {variant} | {relative:.5f} | {mark}{result.divergence:.4f}{mark} |"
+            f" {result.perplexity:.2f} | {result.seconds:.2f} | {remark(variant, results)} |"
+        )
+
+
+def remark(variant: str, results: Mapping[str, Result]) -> str:
+    """Ratios of times, and how many weights have less error than anything else gives them."""
+    if variant != SEARCHED_OURS:
+        return ""
+    ours, theirs = results[SEARCHED_OURS], results[SEARCHED_THEIRS]
+    worse = worse_weights(results)
+    of_ours = f"time x{ours.seconds / results[MINMAX_OURS].seconds:.2f} of min/max"
+    of_theirs = "" if theirs.failure else f", x{ours.seconds / theirs.seconds:.2f} of the reference's search"
+    return f"{of_ours}{of_theirs}; {len(worse)} of {len(ours.errors)} weights worse than another variant"
+
+
+def worse_weights(results: Mapping[str, Result]) -> list[str]:
+    """Weights to which some other variant does better."""
+    ours = results[SEARCHED_OURS].errors
+    others = [result.errors for variant, result in results.items() if variant != SEARCHED_OURS and result.errors]
+    return [name for name, error in ours.items() if any(error > other[name] * (1 + ROUNDING) for other in others)]
+
+
+def too_bad(case: Case, results: Mapping[str, Result]) -> Iterator[str]:
+    """Requirements that a case breaks."""
+    yield from (f"{case.name}: {name} has more error than elsewhere" for name in worse_weights(results))
+    ratio = results[SEARCHED_OURS].seconds / results[MINMAX_OURS].seconds
+    if ratio > LARGEST_TIME_RATIO:
+        yield f"{case.name}: the search takes {ratio:.2f} times the time"
+
+
+HEAD: Final = Path(__file__).with_name("search-head.md")
+_TABLE: Final = (
+    "| scheme | scales | weight error | KL | perplexity | CPU s | |",
+    "| --- | --- | ---: | ---: | ---: | ---: | --- |",
+)
+
+
+def report(bench: Bench) -> tuple[list[str], list[str]]:
+    """Markdown about a checkpoint, and what is not as required."""
+    text = [f"## {bench.title}", "", f"Perplexity of the bf16 model: {bench.judge.perplexity:.2f}.", "", *_TABLE]
+    bad: list[str] = []
+    for case in CASES:
+        results = bench.results(case)
+        lines = list(rows(bench, case, results))
+        sys.stdout.write("\n".join(lines) + "\n")
+        sys.stdout.flush()
+        text += lines
+        bad += too_bad(case, results)
+    return [*text, ""], bad
+
+
+def benches(folder: Path) -> Iterator[Bench]:
+    """Both checkpoints."""
+    from transformers import AutoTokenizer
+
+    from reference.compare_quality import EXAMPLE, TEXT
+    from shardmill.example import prepare
+
+    source = prepare(EXAMPLE, cache=EXAMPLE.parent / "cache")
+    tokens = torch.tensor(AutoTokenizer.from_pretrained(source)(TEXT.read_text(encoding="utf-8"))["input_ids"])
+    yield Bench("SmolLM2-135M-Instruct", source, tokens, folder / "smollm2")
+    source, tokens = make_heavy_tailed(folder / "heavy-tailed-source")
+    yield Bench("Heavy tails", source, tokens, folder / "heavy-tailed")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the tables, or be the other side."""
+    parser = argparse.ArgumentParser(description="Compare the search for scales with the reference system.")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="also write the tables, as Markdown")
+    parser.add_argument("--reference", action="store_true", help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments)
+    if chosen.reference:
+        _reference_main()
+        return 0
+    os.environ |= {"LOGURU_LEVEL": "ERROR", "TQDM_DISABLE": "1"}  # read when transformers is imported
+    text: list[str] = []
+    bad: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for bench in benches(Path(folder)):
+            lines, worse = report(bench)
+            text += lines
+            bad += worse
+    if chosen.write is not None:
+        chosen.write.write_text(HEAD.read_text(encoding="utf-8") + "\n".join(text), encoding="utf-8")
+    sys.stderr.writelines(f"worse than required: {line}\n" for line in bad)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
