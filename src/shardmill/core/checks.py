@@ -7,7 +7,7 @@ from collections.abc import Collection
 from shardmill.core.dtypes import COMPUTABLE
 from shardmill.core.experts import HALVES, parse_stack
 from shardmill.core.layout import GENERATED_PARAMS
-from shardmill.core.plan import COPY, QUANTIZE, SPLIT, Plan, ShardPlan, TensorPlan, units_of
+from shardmill.core.plan import COPY, DEQUANTIZE, PART, QUANTIZE, SPLIT, Plan, ShardPlan, TensorPlan, units_of
 from shardmill.core.scheme import Scheme
 from shardmill.errors import Problem
 
@@ -32,11 +32,11 @@ def check_shard(shard: ShardPlan, taken: Collection[str] = ()) -> list[Problem]:
         taken: source names of the checkpoint with which a generated name may collide, see `source_names`.
     """
     problems: list[Problem] = []
-    sound: set[tuple[int, str, tuple[int, ...]]] = set()
+    sound: set[tuple[object, ...]] = set()
     for tensor in shard.tensors:
-        if tensor.action == COPY:
+        if tensor.action in (COPY, PART):
             continue
-        kind = (tensor.scheme, tensor.spec.dtype, tensor.spec.shape)
+        kind = (tensor.scheme, tensor.spec.dtype, tensor.spec.shape, tensor.decode and tensor.decode.kind)
         is_plain = tensor.action == QUANTIZE
         found = [] if is_plain and kind in sound else _check_tensor(tensor, shard.schemes)
         if is_plain and not found:
@@ -52,11 +52,11 @@ def source_names(plan: Plan) -> frozenset[str]:
     """Names of source tensors that a generated name may equal.
 
     A quantized weight keeps its name or gets one that ends in a generated param; but where a stack is split, or a
-    module has no name, any name may be generated.
+    module has no name, any name may be generated. What belongs to a weight that is decoded does not stay.
     """
-    names = [tensor.spec.name for shard in plan.shards for tensor in shard.tensors]
-    splits = any(tensor.action == SPLIT for shard in plan.shards for tensor in shard.tensors)
-    if splits or ".weight" in names:
+    names = [t.spec.name for shard in plan.shards for t in shard.tensors if t.action != PART]
+    moves = any(tensor.action in (SPLIT, DEQUANTIZE) for shard in plan.shards for tensor in shard.tensors)
+    if moves or ".weight" in names:
         return frozenset(names)
     return frozenset([name for name in names if name.endswith(GENERATED_PARAMS)])
 
@@ -70,6 +70,8 @@ def check_plan(plan: Plan) -> list[Problem]:
 
 def _check_tensor(tensor: TensorPlan, schemes: tuple[Scheme, ...]) -> list[Problem]:
     spec = tensor.spec
+    if tensor.decode is not None:
+        return _check_width(tensor, schemes[tensor.scheme], tensor.decode.cols) if tensor.scheme >= 0 else []
     if tensor.action != SPLIT and len(spec.shape) != 2:
         message = f"expected a matrix, found shape {list(spec.shape)}"
         return [
@@ -81,7 +83,7 @@ def _check_tensor(tensor: TensorPlan, schemes: tuple[Scheme, ...]) -> list[Probl
             )
         ]
     if tensor.scheme >= 0 and spec.dtype not in COMPUTABLE:
-        message = f"expected F16, BF16, F32 or F64, found {spec.dtype}: it seems to be quantized already"
+        message = f"expected F16, BF16, F32 or F64, found {spec.dtype}: it seems to be quantized already, without a scale"
         return [Problem(tensor=spec.name, kind="already-quantized", message=message, way_out="add it to `ignore`")]
     if tensor.action == SPLIT and (problem := _check_halves(tensor)):
         return [problem]
@@ -115,7 +117,8 @@ def _check_width(tensor: TensorPlan, scheme: Scheme, width: int) -> list[Problem
         else ""
     )
     way_out = " or ".join(part for part in ("add it to `ignore`", advice if working else "") if part)
-    message = f"group_size {size} does not divide in_features {width} (shape {list(tensor.spec.shape)})"
+    shape = [tensor.decode.rows, tensor.decode.cols] if tensor.decode else list(tensor.spec.shape)
+    message = f"group_size {size} does not divide in_features {width} (shape {shape})"
     return [Problem(tensor=tensor.spec.name, kind="group-indivisible", message=message, way_out=way_out)]
 
 

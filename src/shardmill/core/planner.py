@@ -13,9 +13,9 @@ from functools import lru_cache
 from typing import Final, NamedTuple
 
 from shardmill.core.dtypes import CODES, COMPUTABLE
+from shardmill.core.encoding import Decode, TensorRef
 from shardmill.core.experts import Sizes, Stack, choose_layout, parse_stack, read_sizes
 from shardmill.core.findings import check_copies, check_partners
-from shardmill.core.foreign import levels
 from shardmill.core.fused import fused_leaves, may_fuse
 from shardmill.core.header import TensorSpec
 from shardmill.core.limits import Limits, above
@@ -23,6 +23,9 @@ from shardmill.core.matching import Matcher, split_name, templates
 from shardmill.core.nonfinite import VALUES_UNKNOWN, Kept
 from shardmill.core.plan import (
     COPY,
+    DEQUANTIZE,
+    PART,
+    PLAIN,
     QUANTIZE,
     SPLIT,
     Checkpoint,
@@ -30,11 +33,11 @@ from shardmill.core.plan import (
     ShardPlan,
     SourceShard,
     TensorPlan,
-    TensorRef,
 )
 from shardmill.core.recipe import Recipe
 from shardmill.core.roles import Role, has_digit_word, role_of, runtime_heads
 from shardmill.core.scheme import Scheme
+from shardmill.core.sources import Sources, recognise
 from shardmill.errors import Problem, show
 
 
@@ -85,6 +88,7 @@ class _Decision(NamedTuple):
     by_role: bool = False
     fused_at: int = 0
     """Characters of leaf and param where engines may fuse the module with others; 0 where they never do."""
+    decode: Decode | None = None
 
 
 _Kind = tuple[object, ...]
@@ -113,6 +117,8 @@ class _Planner:
     """Why a tensor is copied whatever else holds, by name."""
     split: dict[Stack, str] = field(default_factory=dict)
     """Tensor by the stack that its name stands for: with and without `.weight` are the same."""
+    sources: Sources = field(default_factory=Sources)
+    """What is quantized already."""
 
     def decide_all(self, shard: SourceShard) -> list[_Decision]:
         """Choose what happens to every tensor of a shard, and why.
@@ -129,7 +135,9 @@ class _Planner:
                 kind = (*kind, hits(split_name(spec.name)[0]))
             if has_digit_word(template):
                 kind = (*kind, spec.name)
-            decision = self.known.get(kind)
+            decision = self._decide_encoded(spec, shard.name) if self.sources.weights else self.known.get(kind)
+            if decision is None:
+                decision = self.known.get(kind)
             if decision is None:
                 stack = parse_stack(spec.name, spec.shape)
                 if stack is None:
@@ -142,6 +150,24 @@ class _Planner:
                 self.linear_modules.append(split_name(spec.name)[0])
             found.append(decision)
         return found
+
+    def _decide_encoded(self, spec: TensorSpec, shard: str) -> _Decision | None:
+        """Choose for a tensor that is part of a weight which is quantized already; None for any other."""
+        codes = self.sources.parts.get(spec.name)
+        if codes is not None:
+            return _Decision(PART, f"read with {show(codes)}")
+        decode = self.sources.weights.get(spec.name)
+        if decode is None:
+            return None
+        if decode.stack is not None:
+            found = self._decide_stack(spec, decode.stack, shard)
+        else:
+            module = split_name(spec.name)[0]
+            found = self._decide_weight(decode.virtual(PLAIN), module, self._resolve(module))
+        if found.action == COPY:
+            reason = f"{found.reason}; {decode.format} becomes {PLAIN}"
+            return found._replace(action=DEQUANTIZE, reason=reason, decode=decode)
+        return found._replace(reason=f"{found.reason}; from {decode.format}", decode=decode)
 
     def _keep(self, spec: TensorSpec, decision: _Decision) -> _Decision:
         """Copy a tensor that would be quantized or split; its modules stay dense."""
@@ -171,7 +197,7 @@ class _Planner:
                 group, reason = -1, f"group_size {size} does not divide {spec.shape[1]}"
         fused_at = 0
         if len(spec.shape) == 2 and may_fuse(templates([module])[0]):
-            fused_at = len(module.rpartition(".")[2]) + len(".weight")
+            fused_at = len(spec.name) - len(module.rpartition(".")[0]) - bool(module.rpartition(".")[0])
             self.fused_groups.add(group)
         return _Decision(
             action=COPY if group < 0 else QUANTIZE,
@@ -256,7 +282,8 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe, kept: Kept | None = None)
     matcher = Matcher.build([g.targets for g in recipe.groups], recipe.ignore)
     planner = _Planner(recipe, sizes, matcher, checkpoint.intake.limits)
     planner.kept = kept.reasons if kept is not None else {}
-    planner.layouts = _stack_layouts(checkpoint, sizes, recipe)
+    planner.sources = recognise(checkpoint)
+    planner.layouts = _stack_layouts(checkpoint, sizes, recipe, planner.sources)
     schemes = tuple(group.scheme for group in recipe.groups)
     decided = [planner.decide_all(shard) for shard in checkpoint.shards]
     refs = _share_global_scales(checkpoint, decided, planner, schemes)
@@ -278,7 +305,7 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe, kept: Kept | None = None)
         *_check_index(checkpoint),
         *_check_coverage(planner, shards, heads),
     ]
-    problems += _check_config(checkpoint)
+    problems += _check_config(planner.sources)
     cautions = [*check_copies(shards), *check_partners(_fusable(checkpoint, decided))]
     found = kept.warnings if kept is not None else VALUES_UNKNOWN if recipe.allow_nonfinite else ()
     return Plan(
@@ -301,7 +328,12 @@ def _tensor_plans(
     shard: SourceShard, decisions: Iterable[_Decision], refs: Mapping[str, tuple[TensorRef, ...]]
 ) -> tuple[TensorPlan, ...]:
     rows = zip(shard.header.tensors, decisions, strict=True)
-    return tuple([TensorPlan(spec, d.action, d.reason, d.group, d.layout, refs.get(spec.name, ())) for spec, d in rows])
+    return tuple(
+        [
+            TensorPlan(spec, d.action, d.reason, d.group, d.layout, refs.get(spec.name, ()), d.decode)
+            for spec, d in rows
+        ]
+    )
 
 
 def _dense_modules(modules: set[str], shards: Iterable[ShardPlan]) -> tuple[str, ...]:
@@ -310,7 +342,12 @@ def _dense_modules(modules: set[str], shards: Iterable[ShardPlan]) -> tuple[str,
     The names of a split stack's experts never collide with modules that stay dense.
     """
     weights = {name for module in modules for name in ([f"{module}.weight"] if module else ["weight", ".weight"])}
-    found = [t.spec.name for s in shards for t in s.tensors if t.action == QUANTIZE and t.spec.name in weights]
+    found = [
+        t.spec.name
+        for s in shards
+        for t in s.tensors
+        if t.action == QUANTIZE and (t.spec.name in weights or t.decode is not None)
+    ]
     return tuple(sorted(modules.difference(split_name(name)[0] for name in found)))
 
 
@@ -342,14 +379,18 @@ def _partial_blocks(shards: Iterable[ShardPlan]) -> list[Problem]:
     ]
 
 
-def _stack_layouts(checkpoint: Checkpoint, sizes: Sizes, recipe: Recipe) -> dict[str, str | None]:
+def _stack_layouts(
+    checkpoint: Checkpoint, sizes: Sizes, recipe: Recipe, sources: Sources
+) -> dict[str, str | None]:
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for shard in checkpoint.shards:
         for spec in [spec for spec in shard.header.tensors if len(spec.shape) == 3]:
             stack = parse_stack(spec.name, spec.shape)
             if stack is not None:
                 shapes.setdefault(stack.prefix, {})[stack.leaf] = spec.shape
-    return {prefix: recipe.expert_layout or choose_layout(found, sizes) for prefix, found in shapes.items()}
+    found = {prefix: recipe.expert_layout or choose_layout(found, sizes) for prefix, found in shapes.items()}
+    stacks = {decode.stack.prefix for decode in sources.weights.values() if decode.stack is not None}
+    return found | dict.fromkeys(stacks, "interleaved")  # as every checkpoint in blocks is
 
 
 _Row = tuple[SourceShard, TensorSpec, _Decision]
@@ -368,7 +409,9 @@ def _share_global_scales(
         if len(groups) > 1:
             _check_fused(members, planner)
         for group in groups & scaled:
-            refs = tuple([TensorRef(s.name, s.header.data_start, spec) for s, spec, d in members if d.group == group])
+            refs = tuple(
+                [TensorRef(s.name, s.header.data_start, spec, d.decode) for s, spec, d in members if d.group == group]
+            )
             if len(refs) > 1:
                 for ref in refs:
                     shared[ref.spec.name] = refs
@@ -394,7 +437,7 @@ def _fusable(checkpoint: Checkpoint, decided: Sequence[Sequence[_Decision]]) -> 
     for shard, decisions in zip(checkpoint.shards, decided, strict=True):
         for spec, decision in zip(shard.header.tensors, decisions, strict=True):
             if decision.fused_at:
-                yield shard.name, spec.name.removesuffix(".weight")
+                yield shard.name, split_name(spec.name)[0]
 
 
 @lru_cache(maxsize=4096)
@@ -404,7 +447,7 @@ def _fused_positions(weights: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
     >>> _fused_positions(("up_proj.weight", "down_proj.weight", "gate_proj.weight"))
     ((2, 0),)
     """
-    at = {weight.removesuffix(".weight"): position for position, weight in enumerate(weights)}
+    at = {split_name(weight)[0]: position for position, weight in enumerate(weights)}
     return tuple(tuple(at[leaf] for leaf in leaves) for leaves in fused_leaves(tuple(sorted(at))))
 
 
@@ -463,9 +506,6 @@ def _is_agreed(checkpoint: Checkpoint) -> bool:
     return count == len(place_of)
 
 
-_QUANTIZATION: Final = ("quantization_config", "compression_config")
-
-
 def _check_coverage(planner: _Planner, shards: Iterable[ShardPlan], heads: Sequence[str]) -> list[Problem]:
     problems = [
         Problem(
@@ -481,15 +521,10 @@ def _check_coverage(planner: _Planner, shards: Iterable[ShardPlan], heads: Seque
     return problems
 
 
-def _check_config(checkpoint: Checkpoint) -> list[Problem]:
-    if any(level.get(key) for level in levels(checkpoint.config) for key in _QUANTIZATION):
-        message = "the source has a quantization_config: it is quantized already"
-        return [
-            Problem(
-                file="config.json",
-                kind="already-quantized",
-                message=message,
-                way_out="start from the unquantized checkpoint",
-            )
-        ]
-    return []
+def _check_config(sources: Sources) -> list[Problem]:
+    """What is odd about the quantization of the source, and a claim of one where no weight has any."""
+    if sources.problems or sources.weights or not sources.is_claimed:
+        return list(sources.problems)
+    message = "the source has a quantization_config, and no weight in a format that is read"
+    way_out = "start from the unquantized checkpoint, or remove that section if it is one"
+    return [Problem(file="config.json", kind="already-quantized", message=message, way_out=way_out)]
