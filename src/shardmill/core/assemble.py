@@ -16,7 +16,7 @@ from shardmill.core.plan import Plan, ShardSizes
 from shardmill.core.pretty import pretty
 from shardmill.core.receipt import Receipt
 from shardmill.core.recipe import recipe_to_json
-from shardmill.core.scheme import scheme_to_json
+from shardmill.core.scheme import Scheme, scheme_to_json
 from shardmill.core.statistics import Statistics
 from shardmill.errors import NON_FINITE, Problem, ShardmillError
 
@@ -37,21 +37,14 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
     One scheme: `Linear` with a complete ignore list, the only form that all readers resolve alike. Several: disjoint
     expressions that name every quantized module, since readers disagree on who wins when two groups match.
     """
-    groups = {}
-    formats = []
-    targets = _group_targets(plan)
-    for number, group in enumerate(plan.recipe.groups):
-        if not targets[number]:
-            continue
-        scheme = scheme_to_json(group.scheme)
-        scheme.pop("preset", None)
-        formats.append(group.scheme.format)
-        groups[f"group_{number:02d}"] = {
-            "targets": targets[number],
-            **scheme,
-            "output_activations": None,
-            "format": group.scheme.format,
-        }
+    entries = [_group_entry(group.scheme) for group in plan.recipe.groups]
+    entries += [json.loads(kept.entry) for kept in plan.kept]
+    groups = {
+        f"group_{number:02d}": {"targets": targets, **entry}
+        for number, (targets, entry) in enumerate(zip(_group_targets(plan), entries, strict=True))
+        if targets
+    }
+    formats = [group["format"] for group in groups.values()]
     return {
         "quant_method": "compressed-tensors",
         "format": formats[0] if len(set(formats)) == 1 else "mixed-precision",
@@ -65,9 +58,18 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _group_entry(scheme: Scheme) -> dict[str, Any]:
+    """A group but for its targets."""
+    fields = scheme_to_json(scheme)
+    fields.pop("preset", None)
+    return {**fields, "output_activations": None, "format": scheme.format}
+
+
 def _quantized_modules(plan: Plan) -> dict[str, int]:
-    """Group by quantized module, experts of split stacks included."""
-    return {
+    """Group by quantized module, experts of split stacks included; kept groups after those of the recipe."""
+    first = len(plan.recipe.groups)
+    kept = {module: first + number for number, group in enumerate(plan.kept) for module in group.modules}
+    return kept | {
         unit.module: tensor.scheme
         for shard in plan.shards
         for tensor in shard.tensors
@@ -78,9 +80,10 @@ def _quantized_modules(plan: Plan) -> dict[str, int]:
 
 def _group_targets(plan: Plan) -> list[list[str]]:
     used = {tensor.scheme for shard in plan.shards for tensor in shard.tensors} - {-1}
-    if len(used) == 1:
-        return [["Linear"] if number in used else [] for number in range(len(plan.recipe.groups))]
-    return disjoint_targets(_quantized_modules(plan), len(plan.recipe.groups))
+    groups = len(plan.recipe.groups) + len(plan.kept)
+    if len(used) == 1 and not plan.kept:
+        return [["Linear"] if number in used else [] for number in range(groups)]
+    return disjoint_targets(_quantized_modules(plan), groups)
 
 
 def _template(module: str) -> tuple[str, tuple[str, ...]]:
@@ -147,7 +150,8 @@ def config_document(plan: Plan) -> dict[str, Any]:
     """The source's config.json in its own order, with our quantization_config at the end and no stale one."""
     source = json.loads(plan.config_text or "{}")
     stale = _STALE if plan.allow_code else (*_STALE, AUTO_MAP)
-    return {**without(source, stale), "quantization_config": quantization_config(plan)}
+    plain: dict[str, Any] = without(source, stale)
+    return plain if plan.recipe.dequantize else {**plain, "quantization_config": quantization_config(plan)}
 
 
 def encode_document(document: Mapping[str, Any]) -> bytes:

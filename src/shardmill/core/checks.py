@@ -83,7 +83,9 @@ def _check_tensor(tensor: TensorPlan, schemes: tuple[Scheme, ...]) -> list[Probl
             )
         ]
     if tensor.scheme >= 0 and spec.dtype not in COMPUTABLE:
-        message = f"expected F16, BF16, F32 or F64, found {spec.dtype}: it seems to be quantized already, without a scale"
+        message = (
+            f"expected F16, BF16, F32 or F64, found {spec.dtype}: it seems to be quantized already, without a scale"
+        )
         return [Problem(tensor=spec.name, kind="already-quantized", message=message, way_out="add it to `ignore`")]
     if tensor.action == SPLIT and (problem := _check_halves(tensor)):
         return [problem]

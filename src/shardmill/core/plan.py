@@ -196,7 +196,8 @@ class ShardPlan:
     def outline(self) -> str:
         """Name what was decided about a known source: as telling as `shape` then, and far cheaper."""
         decisions = [
-            (tensor.spec.name, tensor.action, tensor.scheme, tensor.layout, *_decoded(tensor)) for tensor in self.tensors
+            (tensor.spec.name, tensor.action, tensor.scheme, tensor.layout, *_decoded(tensor))
+            for tensor in self.tensors
         ]
         sets = [[ref.spec.name for ref in fused] for fused in dict.fromkeys(tensor.fused for tensor in self.tensors)]
         return digest_json([STAGE_VERSIONS["quantize"], self._schemes_json(), decisions, sets])
@@ -321,6 +322,14 @@ def _describe_fused(fused: Sequence[TensorRef]) -> list[Any]:
     return [[ref.spec.name, ref.spec.dtype, list(ref.spec.shape)] for ref in fused]
 
 
+class KeptGroup(NamedTuple):
+    """Weights that are quantized already and stay so."""
+
+    entry: str
+    """JSON of the group but for its targets."""
+    modules: tuple[str, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """The whole conversion as a value: names and numbers, no handles, no tensors."""
@@ -341,6 +350,8 @@ class Plan:
     """`(file, text)` of other files that are written anew."""
     allow_code: bool = False
     """Whether what refers to code is kept in config.json."""
+    kept: tuple[KeptGroup, ...] = ()
+    """Groups of the written config for weights that stay as quantized as they were."""
     source_state: str = ""
     """Names the state of the source's listing when the plan was made; empty where a later write could go unnoticed."""
 
@@ -425,7 +436,6 @@ def _expert_units(tensor: TensorPlan, scheme: Scheme | None) -> Iterator[Unit]:
                 step=step,
                 transposed=transposed,
             )
-
 
 
 def _decoded_units(tensor: TensorPlan, decode: Decode, scheme: Scheme | None) -> Iterator[Unit]:

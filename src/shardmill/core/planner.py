@@ -29,6 +29,7 @@ from shardmill.core.plan import (
     QUANTIZE,
     SPLIT,
     Checkpoint,
+    KeptGroup,
     Plan,
     ShardPlan,
     SourceShard,
@@ -119,6 +120,10 @@ class _Planner:
     """Tensor by the stack that its name stands for: with and without `.weight` are the same."""
     sources: Sources = field(default_factory=Sources)
     """What is quantized already."""
+    encoded: dict[str, _Decision] = field(default_factory=dict)
+    """Decisions about it by name of the tensor with the codes."""
+    stay: dict[int, list[str]] = field(default_factory=dict)
+    """Modules that stay as they are by group of the source's own config."""
 
     def decide_all(self, shard: SourceShard) -> list[_Decision]:
         """Choose what happens to every tensor of a shard, and why.
@@ -153,21 +158,41 @@ class _Planner:
 
     def _decide_encoded(self, spec: TensorSpec, shard: str) -> _Decision | None:
         """Choose for a tensor that is part of a weight which is quantized already; None for any other."""
-        codes = self.sources.parts.get(spec.name)
-        if codes is not None:
-            return _Decision(PART, f"read with {show(codes)}")
-        decode = self.sources.weights.get(spec.name)
+        codes = self.sources.parts.get(spec.name, spec.name)
+        decode = self.sources.weights.get(codes)
         if decode is None:
             return None
+        if codes not in self.encoded:
+            first = decode.parts[0][1]
+            self.encoded[codes] = self._decide_codes(first.spec, decode, first.shard)
+        found = self.encoded[codes]
+        if spec.name == codes:
+            return found
+        if found.action == COPY:
+            return _Decision(COPY, f"stays with {show(codes)}")
+        return _Decision(PART, f"read with {show(codes)}")
+
+    def _decide_codes(self, spec: TensorSpec, decode: Decode, shard: str) -> _Decision:
+        """Choose for a weight that is quantized already, under the name of its codes."""
+        module = split_name(spec.name)[0]
         if decode.stack is not None:
             found = self._decide_stack(spec, decode.stack, shard)
         else:
-            module = split_name(spec.name)[0]
             found = self._decide_weight(decode.virtual(PLAIN), module, self._resolve(module))
-        if found.action == COPY:
-            reason = f"{found.reason}; {decode.format} becomes {PLAIN}"
-            return found._replace(action=DEQUANTIZE, reason=reason, decode=decode)
-        return found._replace(reason=f"{found.reason}; from {decode.format}", decode=decode)
+        if found.action != COPY:
+            return found._replace(reason=f"{found.reason}; from {decode.format}", decode=decode)
+        if decode.scheme >= 0 and not self.recipe.dequantize:
+            self.stay.setdefault(decode.scheme, []).append(module)
+            return found._replace(reason=f"{found.reason}; stays {decode.format}", is_dense=False)
+        reason = f"{found.reason}; {decode.format} becomes {PLAIN}"
+        return found._replace(action=DEQUANTIZE, reason=reason, decode=decode)
+
+    def kept_groups(self) -> tuple[KeptGroup, ...]:
+        """Groups of the source's own config whose modules stay, with explicit names."""
+        return tuple(
+            KeptGroup(self.sources.groups[number], tuple(sorted(modules)))
+            for number, modules in sorted(self.stay.items())
+        )
 
     def _keep(self, spec: TensorSpec, decision: _Decision) -> _Decision:
         """Copy a tensor that would be quantized or split; its modules stay dense."""
@@ -210,6 +235,8 @@ class _Planner:
 
     def _resolve(self, module: str) -> _Choice:
         """Choose by name alone; notes every pattern that matches."""
+        if self.recipe.dequantize:
+            return _Choice(-1, "nothing is quantized")
         ignored = self.matcher.ignored_by(module)
         target = self.matcher.target_of(module)
         if ignored is not None:
@@ -306,7 +333,8 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe, kept: Kept | None = None)
         *_check_coverage(planner, shards, heads),
     ]
     problems += _check_config(planner.sources)
-    cautions = [*check_copies(shards), *check_partners(_fusable(checkpoint, decided))]
+    known = planner.sources.weights.keys() | planner.sources.parts.keys()
+    cautions = [*check_copies(shards, known), *check_partners(_fusable(checkpoint, decided))]
     found = kept.warnings if kept is not None else VALUES_UNKNOWN if recipe.allow_nonfinite else ()
     return Plan(
         recipe=recipe,
@@ -318,6 +346,7 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe, kept: Kept | None = None)
         left_out=checkpoint.left_out,
         rewritten=checkpoint.rewritten,
         allow_code=checkpoint.intake.allow_code,
+        kept=planner.kept_groups(),
         ignore=_dense_modules({*planner.linear_modules, *heads}, shards),
         problems=tuple(sorted(set(problems))),
         warnings=tuple(sorted({*checkpoint.warnings, *planner.warnings, *_partial_blocks(shards), *cautions, *found})),
@@ -329,10 +358,7 @@ def _tensor_plans(
 ) -> tuple[TensorPlan, ...]:
     rows = zip(shard.header.tensors, decisions, strict=True)
     return tuple(
-        [
-            TensorPlan(spec, d.action, d.reason, d.group, d.layout, refs.get(spec.name, ()), d.decode)
-            for spec, d in rows
-        ]
+        [TensorPlan(spec, d.action, d.reason, d.group, d.layout, refs.get(spec.name, ()), d.decode) for spec, d in rows]
     )
 
 
@@ -379,9 +405,7 @@ def _partial_blocks(shards: Iterable[ShardPlan]) -> list[Problem]:
     ]
 
 
-def _stack_layouts(
-    checkpoint: Checkpoint, sizes: Sizes, recipe: Recipe, sources: Sources
-) -> dict[str, str | None]:
+def _stack_layouts(checkpoint: Checkpoint, sizes: Sizes, recipe: Recipe, sources: Sources) -> dict[str, str | None]:
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for shard in checkpoint.shards:
         for spec in [spec for spec in shard.header.tensors if len(spec.shape) == 3]:
@@ -516,6 +540,11 @@ def _check_coverage(planner: _Planner, shards: Iterable[ShardPlan], heads: Seque
         for where, pattern in planner.matcher.unmatched()
         if pattern not in heads
     ]
+    if planner.recipe.dequantize:
+        if not planner.sources.weights and not planner.sources.problems:
+            message = "no weight of this checkpoint is quantized"
+            problems.append(Problem(kind="nothing-matched", message=message, way_out="use it as it is"))
+        return problems
     if not any(tensor.scheme >= 0 for shard in shards for tensor in shard.tensors):
         problems.append(Problem(kind="nothing-matched", message="the recipe quantizes no tensor of this checkpoint"))
     return problems

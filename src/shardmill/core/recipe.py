@@ -43,9 +43,13 @@ class Recipe:
     """Layout of fused expert stacks, where the architecture does not tell."""
     allow_nonfinite: bool = False
     """Whether a weight that holds NaN or Inf is copied instead of refused, and with it what engines treat alike."""
+    dequantize: bool = False
+    """Whether every weight that is quantized already becomes BF16, and nothing is quantized; such a recipe has no group."""
 
     def __post_init__(self) -> None:
-        if not self.groups:
+        if self.dequantize and (self.groups or self.ignore):
+            raise _invalid("`dequantize` quantizes nothing", "leave out scheme, groups and ignore, or `dequantize`")
+        if not self.groups and not self.dequantize:
             raise _invalid("a recipe needs at least one group or a scheme")
         if self.expert_layout not in (None, *EXPERT_LAYOUTS):
             raise _invalid(
@@ -74,6 +78,15 @@ def _patterns(value: Any, subject: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(value))
 
 
+def dequantizing() -> Recipe:
+    """The recipe that turns a quantized checkpoint into a plain one.
+
+    >>> dequantizing().groups
+    ()
+    """
+    return Recipe(groups=(), dequantize=True)
+
+
 def uniform(scheme: str | Mapping[str, Any] | Scheme, ignore: str | Sequence[str] = (), **options: Any) -> Recipe:
     """Build a recipe with one scheme for every quantizable weight."""
     parsed = scheme if isinstance(scheme, Scheme) else parse_scheme(scheme)
@@ -92,6 +105,7 @@ _FIELDS: Final = frozenset(
         "partial_fused",
         "expert_layout",
         "allow_nonfinite",
+        "dequantize",
     }
 )
 
@@ -112,19 +126,31 @@ def parse_recipe(data: Any) -> Recipe:
     unknown = sorted(set(map(str, data)) - _FIELDS)
     if unknown:
         raise _invalid(f"unknown fields: {', '.join(map(show, unknown))}", f"known: {', '.join(sorted(_FIELDS))}")
-    if ("groups" in data) == ("scheme" in data):
+    is_given = "groups" in data or "scheme" in data
+    if ("groups" in data) == ("scheme" in data) and (is_given or data.get("dequantize") is not True):
         raise _invalid("give either `scheme` or `groups`")
     entries = (
-        data["groups"] if "groups" in data else [{k: data[k] for k in ("scheme", "group_size", "targets") if k in data}]
+        []
+        if not is_given
+        else data["groups"]
+        if "groups" in data
+        else [{k: data[k] for k in ("scheme", "group_size", "targets") if k in data}]
     )
     if not isinstance(entries, Sequence) or isinstance(entries, str):
         raise _invalid("groups must be a list")
     options = {
         name: data[name]
-        for name in ("default_ignores", "indivisible", "partial_fused", "expert_layout", "allow_nonfinite")
+        for name in (
+            "default_ignores",
+            "indivisible",
+            "partial_fused",
+            "expert_layout",
+            "allow_nonfinite",
+            "dequantize",
+        )
         if name in data
     }
-    for name in ("default_ignores", "partial_fused", "allow_nonfinite"):
+    for name in ("default_ignores", "partial_fused", "allow_nonfinite", "dequantize"):
         if not isinstance(options.get(name, True), bool):
             raise _invalid(f"{name} must be true or false, found {options[name]!r}")
     return Recipe(
@@ -154,6 +180,7 @@ def recipe_to_json(recipe: Recipe) -> dict[str, Any]:
     >>> parse_recipe(recipe_to_json(uniform("NVFP4A16"))) == uniform("NVFP4A16")
     True
     """
+    later = {name: True for name in ("allow_nonfinite", "dequantize") if getattr(recipe, name)}
     return {
         "groups": [{"targets": list(g.targets), "scheme": scheme_to_json(g.scheme)} for g in recipe.groups],
         "ignore": list(recipe.ignore),
@@ -161,4 +188,4 @@ def recipe_to_json(recipe: Recipe) -> dict[str, Any]:
         "indivisible": recipe.indivisible,
         "partial_fused": recipe.partial_fused,
         "expert_layout": recipe.expert_layout,
-    } | ({"allow_nonfinite": True} if recipe.allow_nonfinite else {})  # as manifests were before it existed
+    } | later  # so manifests are as they were before those existed

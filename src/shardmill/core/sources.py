@@ -11,6 +11,7 @@ points minus one, `gptq_v2` as they are).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -540,8 +541,8 @@ class Sources:
     parts: Mapping[str, str] = field(default_factory=dict)
     """Name of the tensor with the codes by name of another that belongs to it."""
     problems: tuple[Problem, ...] = ()
-    groups: tuple[WrittenGroup, ...] = ()
-    """Of the source's own config, where it is compressed-tensors."""
+    groups: tuple[str, ...] = ()
+    """JSON of the groups of the source's own config but for their targets, where it is compressed-tensors."""
     is_claimed: bool = False
     """Whether config.json says that the checkpoint is quantized."""
 
@@ -587,7 +588,7 @@ def recognise(checkpoint: Checkpoint) -> Sources:
         weights=weights,
         parts=parts,
         problems=tuple(dict.fromkeys(problems)),
-        groups=source.written.groups if source.written else (),
+        groups=_group_entries(source),
         is_claimed=bool(sections),
     )
 
@@ -599,6 +600,22 @@ def _written(section: Mapping[str, Any]) -> WrittenConfig | None:
     groups = {name: _completed(entry) for name, entry in section["config_groups"].items()}
     whole = {**section, "quant_method": "compressed-tensors", "config_groups": groups}
     return parse_written_config({"quantization_config": whole})
+
+
+def _group_entries(source: _Source) -> tuple[str, ...]:
+    """What the source says of its groups, without targets, which are patterns of somebody else."""
+    entries = source.section.get("config_groups")
+    if source.written is None or not isinstance(entries, Mapping):
+        return ()
+    named = {str(name): entry for name, entry in entries.items()}
+    found = []
+    for group in source.written.groups:
+        fields = {key: _completed(named[group.name]).get(key) for key in _GROUP_FIELDS}
+        found.append(json.dumps({**fields, "format": group.format}))
+    return tuple(found)
+
+
+_GROUP_FIELDS: Final = ("weights", "input_activations", "output_activations")
 
 
 def _completed(entry: Any) -> Any:
@@ -691,9 +708,7 @@ def _recognise_module(
 
 
 def _problem(ref: TensorRef, error: _Misfit) -> Problem:
-    return Problem(
-        file=ref.shard, tensor=ref.spec.name, kind=error.kind, message=error.message, way_out=error.way_out
-    )
+    return Problem(file=ref.shard, tensor=ref.spec.name, kind=error.kind, message=error.message, way_out=error.way_out)
 
 
 def _misfits(module: str, params: Params, fitting: list[str]) -> Iterator[Problem]:
@@ -763,4 +778,3 @@ def _recognise_stack(
     )
     parts[scales.spec.name] = blocks.spec.name
     del source
-

@@ -270,9 +270,7 @@ class Decoding:
                 blocks.append((self.unit, is_last, kept))
         return tuple(blocks)
 
-    def _encode(
-        self, lane: Lane, stored: Stored, rows: range, scheme: Scheme, whole: Extent | None
-    ) -> EncodedBlock:
+    def _encode(self, lane: Lane, stored: Stored, rows: range, scheme: Scheme, whole: Extent | None) -> EncodedBlock:
         data, shape = _values(self.decode, stored, rows), (len(rows), self.decode.cols)
         found = lane.encode(data, DECODED, shape, scheme, whole)
         if not found.finite:
