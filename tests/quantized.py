@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from compressed_tensors.quantization.utils import calculate_qparams, generate_gp
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+from checkpoints import LLAMA
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
@@ -189,7 +192,7 @@ def gptq(
     weight: Tensor, bits: int = 4, group: int = 32, *, version: int = 1, act_order: bool = False, seed: int = 0
 ) -> Layer:
     """GPTQ's layout, written from its published formula: `w[n, k] = (q - z) * s[g_idx[k]]`."""
-    rows, cols = weight.shape
+    cols = weight.shape[1]
     top = (1 << bits) - 1
     order = torch.arange(cols) // group
     if act_order:
@@ -238,3 +241,66 @@ def encode_all(
         else:
             stored[name] = plain[name] = tensor
     return stored, plain
+
+
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+MODELOPT = {"quant_method": "modelopt"}
+
+
+def ct(scheme: Any, form: str) -> dict[str, Any]:
+    """The section of config.json that compressed-tensors would write for one group."""
+    group = {**scheme.model_dump(mode="json", exclude_none=True), "format": form, "targets": ["Linear"]}
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}, "ignore": []}
+
+
+def ints(bits: int, **fields: Any) -> Any:
+    return scheme_of(num_bits=bits, type="int", **({"strategy": "group", "group_size": 32} | fields))
+
+
+def _ct_case(scheme: Any, form: str) -> tuple[Maker, dict[str, Any]]:
+    return partial(compressed, scheme=scheme, form=form), ct(scheme, form)
+
+
+CASES: dict[str, tuple[Maker, dict[str, Any]]] = {
+    "fp8 blocks": (block_fp8, FP8),
+    "fp8 blocks, bf16 scales": (partial(block_fp8, scale=torch.bfloat16), FP8),
+    "fp8 blocks, E8M0 scales": (partial(block_fp8, scale_param="scale", scale=torch.float8_e8m0fnu), FP8),
+    "fp8 blocks of 64x32": (partial(block_fp8, block=(64, 32)), FP8 | {"weight_block_size": [64, 32]}),
+    "DeepSeek fp4": (deepseek_fp4, FP8),
+    "ModelOpt fp8": (modelopt_fp8, MODELOPT),
+    "ModelOpt fp8 per channel": (partial(modelopt_fp8, per="channel"), MODELOPT),
+    "ModelOpt nvfp4": (modelopt_nvfp4, MODELOPT),
+    "CT fp8 channel": _ct_case(scheme_of("FP8_DYNAMIC"), "float-quantized"),
+    "CT fp8 tensor": _ct_case(scheme_of(num_bits=8, type="float", strategy="tensor"), "naive-quantized"),
+    "CT fp8 block": _ct_case(scheme_of("FP8_BLOCK"), "float-quantized"),
+    "CT int8 channel": _ct_case(scheme_of("W8A8"), "int-quantized"),
+    "CT int8 group, asymmetric": _ct_case(ints(8, symmetric=False), "int-quantized"),
+    "CT int4 group unpacked": _ct_case(ints(4), "int-quantized"),
+    **{f"CT packed int{bits}": _ct_case(ints(bits), "pack-quantized") for bits in (2, 3, 4, 5, 8)},
+    "CT packed int4 asymmetric": _ct_case(ints(4, symmetric=False), "pack-quantized"),
+    "CT packed int3 asymmetric": _ct_case(ints(3, symmetric=False), "pack-quantized"),
+    "CT packed int8 channel": _ct_case(ints(8, strategy="channel", group_size=None), "pack-quantized"),
+    "CT nvfp4": _ct_case(scheme_of("NVFP4A16"), "nvfp4-pack-quantized"),
+    "CT mxfp4": _ct_case(scheme_of("MXFP4A16"), "mxfp4-pack-quantized"),
+    "CT mxfp8": _ct_case(scheme_of("MXFP8A16"), "mxfp8-quantized"),
+    "AWQ": (awq, {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}),
+    **{
+        f"GPTQ int{bits}, {'with' if order else 'without'} act-order, v{version}": (
+            partial(gptq, bits=bits, version=version, act_order=order),
+            {
+                "quant_method": "gptq",
+                "bits": bits,
+                "group_size": 32,
+                "desc_act": order,
+                "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
+            },
+        )
+        for bits in (2, 3, 4, 8)
+        for version, order in ((1, False), (2, True))
+    },
+}
+"""Maker and `quantization_config` by name."""
+
+
+def config_of(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {**LLAMA, "quantization_config": dict(section)}

@@ -12,8 +12,10 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from checkpoints import as_bytes, deal, gaussian, read, write
 from shardmill.core.recipe import Recipe, dequantizing, uniform
+from shardmill.stages.compare import verify_against
 from shardmill.stages.pipeline import run
 from shardmill.stages.plan import Locations
+from shardmill.stages.verify import verify
 
 EXPERTS, HIDDEN, WIDTH = 3, 64, 96
 PREFIX = "model.layers.0.mlp.experts"
@@ -69,6 +71,8 @@ def test_dequantized_experts_are_those_of_transformers(tmp_path: Path, shards: i
     tensors = gpt_oss()
     source = write(tmp_path / "source", deal(tensors, shards), CONFIG)
     assert as_bytes(convert(source, tmp_path / "plain", dequantizing())) == as_bytes(dense(tensors))
+    assert verify(str(tmp_path / "plain")) == []
+    assert verify_against(str(tmp_path / "plain"), str(source))[1] == []
 
 
 @pytest.mark.parametrize("scheme", ["NVFP4A16", "FP8_DYNAMIC", "MXFP8A16", "FP8_BLOCK"])
@@ -81,6 +85,9 @@ def test_one_pass_gives_the_codes_of_the_dense_model(tmp_path: Path, scheme: str
     twice = convert(write(tmp_path / "dense", deal(plain, 2), config), tmp_path / "two", uniform(scheme))
     assert as_bytes(once) == as_bytes(twice)
     assert f"{PREFIX}.2.gate_proj.bias" in once
+    rows, problems = verify_against(str(tmp_path / "one"), str(tmp_path / "source"))
+    assert len(rows) == 3 * EXPERTS + 1
+    assert problems == []
 
 
 def test_experts_that_a_recipe_leaves_alone_become_dense(tmp_path: Path) -> None:

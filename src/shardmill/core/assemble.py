@@ -12,7 +12,7 @@ from shardmill.core.digest import digest_json
 from shardmill.core.findings import check_statistics
 from shardmill.core.foreign import AUTO_MAP, without
 from shardmill.core.index import encode_index
-from shardmill.core.plan import Plan, ShardSizes
+from shardmill.core.plan import DEQUANTIZE, Plan, ShardPlan, ShardSizes, TensorPlan
 from shardmill.core.pretty import pretty
 from shardmill.core.receipt import Receipt
 from shardmill.core.recipe import recipe_to_json
@@ -278,6 +278,10 @@ def _warning(problem: Problem) -> dict[str, str]:
     return {"code": problem.kind, "file": problem.file, "tensor": problem.tensor, "message": problem.message}
 
 
+def _names(shard: ShardPlan, tensor: TensorPlan) -> list[str]:
+    return [spec.name for unit in shard.units_of(tensor) for spec in unit.outputs]
+
+
 def _shard_entry(plan: Plan, receipt: Receipt, number: int) -> dict[str, Any]:
     shard = plan.shards[number]
     return {
@@ -288,6 +292,7 @@ def _shard_entry(plan: Plan, receipt: Receipt, number: int) -> dict[str, Any]:
         "tensors": [
             {"name": t.spec.name, "action": t.action, "reason": t.reason}
             | ({"scheme": shard.schemes[t.scheme].label} if t.scheme >= 0 else {})
+            | ({"outputs": _names(shard, t)} if t.action == DEQUANTIZE else {})
             for t in shard.tensors
         ],
         "weights": [{"module": w.module, "scheme": w.scheme, **w.statistics.to_json()} for w in receipt.weights],

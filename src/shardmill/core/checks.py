@@ -38,7 +38,8 @@ def check_shard(shard: ShardPlan, taken: Collection[str] = ()) -> list[Problem]:
             continue
         kind = (tensor.scheme, tensor.spec.dtype, tensor.spec.shape, tensor.decode and tensor.decode.kind)
         is_plain = tensor.action == QUANTIZE
-        found = [] if is_plain and kind in sound else _check_tensor(tensor, shard.schemes)
+        check = _check_decoded if tensor.decode is not None else _check_tensor
+        found = [] if is_plain and kind in sound else check(tensor, shard.schemes)
         if is_plain and not found:
             sound.add(kind)
         problems += found or (_check_names(tensor, shard.schemes, taken) if taken else [])
@@ -68,10 +69,15 @@ def check_plan(plan: Plan) -> list[Problem]:
     return sorted({*plan.problems, *found})
 
 
+def _check_decoded(tensor: TensorPlan, schemes: tuple[Scheme, ...]) -> list[Problem]:
+    """Problems of a weight that is quantized already; what it is made of was checked when it was recognised."""
+    if tensor.decode is None or tensor.scheme < 0:
+        return []
+    return _check_width(tensor, schemes[tensor.scheme], tensor.decode.cols)
+
+
 def _check_tensor(tensor: TensorPlan, schemes: tuple[Scheme, ...]) -> list[Problem]:
     spec = tensor.spec
-    if tensor.decode is not None:
-        return _check_width(tensor, schemes[tensor.scheme], tensor.decode.cols) if tensor.scheme >= 0 else []
     if tensor.action != SPLIT and len(spec.shape) != 2:
         message = f"expected a matrix, found shape {list(spec.shape)}"
         return [

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from shardmill.core.dtypes import CODES, COMPUTABLE
 from shardmill.core.encoding import Decode, TensorRef
@@ -140,7 +140,7 @@ class _Planner:
                 kind = (*kind, hits(split_name(spec.name)[0]))
             if has_digit_word(template):
                 kind = (*kind, spec.name)
-            decision = self._decide_encoded(spec, shard.name) if self.sources.weights else self.known.get(kind)
+            decision = self._decide_encoded(spec) if self.sources.weights else None
             if decision is None:
                 decision = self.known.get(kind)
             if decision is None:
@@ -156,7 +156,7 @@ class _Planner:
             found.append(decision)
         return found
 
-    def _decide_encoded(self, spec: TensorSpec, shard: str) -> _Decision | None:
+    def _decide_encoded(self, spec: TensorSpec) -> _Decision | None:
         """Choose for a tensor that is part of a weight which is quantized already; None for any other."""
         codes = self.sources.parts.get(spec.name, spec.name)
         decode = self.sources.weights.get(codes)

@@ -44,7 +44,7 @@ class Recipe:
     allow_nonfinite: bool = False
     """Whether a weight that holds NaN or Inf is copied instead of refused, and with it what engines treat alike."""
     dequantize: bool = False
-    """Whether every weight that is quantized already becomes BF16, and nothing is quantized; such a recipe has no group."""
+    """Whether every weight that is quantized already becomes BF16. Then nothing is quantized, and there is no group."""
 
     def __post_init__(self) -> None:
         if self.dequantize and (self.groups or self.ignore):

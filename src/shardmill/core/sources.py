@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from shardmill.core.dtypes import COMPUTABLE
 from shardmill.core.encoding import (
     AWQ,
     CODES,
@@ -34,7 +35,6 @@ from shardmill.core.matching import split_name
 from shardmill.core.plan import Checkpoint
 from shardmill.core.written import WrittenConfig, WrittenGroup, parse_written_config
 from shardmill.errors import Problem, show
-
 
 _FLOATS: Final = frozenset({"F32", "BF16", "F16"})
 _EXPONENTS: Final = frozenset({"F8_E8M0", "U8"})
@@ -107,6 +107,17 @@ class SourceFormat:
             and params[self.scale].spec.dtype in self.scale_dtypes
             and all(name in params for name in self.needs)
         )
+
+    def build_checked(self, module: str, params: Params, source: _Source) -> Decode:
+        """Make the `Decode` of a module whose params fit.
+
+        Raises:
+            _Misfit: config.json says otherwise, or shapes do not go together.
+        """
+        if source.method and source.method not in self.methods and source.method not in REFUSED:
+            message = f"{show(self.codes)} and {show(self.scale)} are not those of quant_method {show(source.method)}"
+            raise _Misfit("source-ambiguous", message, "correct the source's config.json")
+        return self.build(module, params, source)
 
 
 def _matrix(ref: TensorRef) -> tuple[int, int]:
@@ -489,6 +500,7 @@ FORMATS: Final[tuple[SourceFormat, ...]] = (
 _BLOCKS, _SCALES = "_blocks", "_scales"
 """Endings of an expert stack in MXFP4, as gpt-oss has it."""
 _CODE_PARAMS: Final = frozenset(row.codes for row in FORMATS)
+_SCALE_PARAMS: Final = frozenset(row.scale for row in FORMATS)
 _OWN_PARAMS: Final = frozenset(p for row in FORMATS for p in row.params) - {"weight", "scale", "scales", "g_idx"} | {
     "qweight"
 }
@@ -691,15 +703,12 @@ def _recognise_module(
 ) -> Iterator[Problem]:
     fitting = [row for row in FORMATS if row.fits(params)]
     if len(fitting) != 1:
-        yield from _misfits(module, params, [row.name for row in fitting])
+        yield from _misfits(params, [row.name for row in fitting])
         return
     (row,) = fitting
     codes = params[row.codes]
     try:
-        if source.method and source.method not in row.methods and source.method not in REFUSED:
-            message = f"{show(row.codes)} and {show(row.scale)} are not those of quant_method {show(source.method)}"
-            raise _Misfit("source-ambiguous", message, "correct the source's config.json")
-        decode = row.build(module, params, source)
+        decode = row.build_checked(module, params, source)
     except _Misfit as error:
         yield _problem(codes, error)
         return
@@ -711,27 +720,28 @@ def _problem(ref: TensorRef, error: _Misfit) -> Problem:
     return Problem(file=ref.shard, tensor=ref.spec.name, kind=error.kind, message=error.message, way_out=error.way_out)
 
 
-def _misfits(module: str, params: Params, fitting: list[str]) -> Iterator[Problem]:
-    """What is wrong with tensors that fit no format, or several; codes alone are looked at later."""
-    del module
+def _misfits(params: Params, fitting: list[str]) -> Iterator[Problem]:
+    """What is wrong with tensors that fit no format, or several; FP8 codes alone are looked at later."""
     own = sorted(param for param in params if param in _ORPHANS)
+    codes = sorted(p for p in params if p in _CODE_PARAMS and params[p].spec.dtype not in COMPUTABLE)
     if len(fitting) > 1:
-        ref = next(iter(params.values()))
         message = f"its tensors fit several formats: {', '.join(fitting)}"
-        yield _problem(ref, _Misfit("source-ambiguous", message, "keep the tensors of one"))
+        yield _problem(next(iter(params.values())), _Misfit("source-ambiguous", message, "keep the tensors of one"))
     elif own and not any(param in params for param in _CODE_PARAMS):
         message = "a scale or zero point, and no weight that it belongs to"
-        yield _problem(params[own[0]], _Misfit("weight-missing", message, "fetch the checkpoint again"))
-    elif own and (codes := [p for p in params if p in _CODE_PARAMS and params[p].spec.dtype not in _PLAIN]):
+        yield _problem(params[own[0]], _Misfit("weight-missing", message, _AGAIN))
+    elif codes and (own or codes != ["weight"]):
         ref = params[codes[0]]
-        found = ", ".join(f"{show(param)} {params[param].spec.dtype}" for param in sorted(own))
+        if not any(param in params for param in _SCALE_PARAMS):
+            yield _problem(ref, _Misfit("scale-missing", _NO_SCALE, _AGAIN))
+            return
+        found = ", ".join(f"{show(param)} {params[param].spec.dtype}" for param in own)
         message = f"{ref.spec.dtype} beside {found} is no format that is known"
         yield _problem(ref, _Misfit("source-unknown", message, "see docs/sources.md for those that are read"))
-    elif (lone := next((p for p in ("weight_packed", "qweight") if p in params), None)) is not None:
-        yield _problem(params[lone], _Misfit("scale-missing", "codes of a quantized weight, and no scale for them"))
 
 
-_PLAIN: Final = frozenset({"F16", "BF16", "F32", "F64"})
+_AGAIN: Final = "fetch the checkpoint again"
+_NO_SCALE: Final = "codes of a quantized weight, and no scale for them"
 
 
 def _lone_codes(modules: Mapping[str, Params], weights: Mapping[str, Decode]) -> Iterator[Problem]:
@@ -740,7 +750,7 @@ def _lone_codes(modules: Mapping[str, Params], weights: Mapping[str, Decode]) ->
         ref = params.get("weight")
         is_lone = ref is not None and ref.spec.dtype == "F8_E4M3" and not any(p in _ORPHANS for p in params)
         if ref is not None and is_lone and ref.spec.name not in weights:
-            yield _problem(ref, _Misfit("scale-missing", "codes of a quantized weight, and no scale for them"))
+            yield _problem(ref, _Misfit("scale-missing", _NO_SCALE, _AGAIN))
 
 
 def _recognise_stack(

@@ -335,7 +335,7 @@ def _group_numbers(order: Array, groups: int) -> Array:
     found = order.reshape(-1).view(np.int32 if order.itemsize == 4 else np.int64).astype(np.int64)
     if len(found) and (found == -1).all():
         return np.arange(len(found)) * groups // len(found)
-    if len(found) and not (0 <= found.min() and found.max() < groups):
+    if len(found) and not (found.min() >= 0 and found.max() < groups):
         raise _bad_order(int(found.min()), int(found.max()), groups)
     return found
 

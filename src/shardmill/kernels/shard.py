@@ -25,8 +25,8 @@ from shardmill.core.receipt import NonFinite, WeightRecord
 from shardmill.core.statistics import Extent, Statistics
 from shardmill.errors import Interrupted, NonFiniteWeight
 from shardmill.kernels.crew import Crew, crew_of
-from shardmill.kernels.lanes import EncodedBlock, Lane, needs_torch
 from shardmill.kernels.decode import Stored
+from shardmill.kernels.lanes import EncodedBlock, Lane, needs_torch
 from shardmill.kernels.pieces import Copies, Copy, Decoding, Encode, Gauge, Measure, Piece, Slab, SlabBlock, Twice, cut
 from shardmill.kernels.scan import index_of
 
@@ -375,29 +375,32 @@ class _Encoding:
         try:
             if isinstance(data, Stored):
                 return self._decode(piece, lane, data)
-            if isinstance(piece, Copy):
-                found = self._look_at(piece.unit, lane, data)
-                return lambda: self.output.put(piece.unit, data, found, is_last=piece.is_last)
-            if isinstance(piece, Copies):
-                return self._copy_all(piece, lane, data)
-            if isinstance(piece, Measure):
-                self._merge(piece.key, piece.work(lane, data))
-                return _nothing
-            if isinstance(piece, Encode):
-                return self._encode(piece, lane, data)
-            if isinstance(piece, Slab):
-                return self._encode_slab(piece, lane, data)
-            raise AssertionError(f"{piece} reads more than bytes")
+            return self._work_on_bytes(piece, lane, data)
         except NonFiniteWeight as error:
             self._give_up()
             return _raiser(error)
+
+    def _work_on_bytes(self, piece: Piece, lane: Lane, data: memoryview) -> Callable[[], None]:
+        if isinstance(piece, Copy):
+            found = self._look_at(piece.unit, lane, data)
+            return lambda: self.output.put(piece.unit, data, found, is_last=piece.is_last)
+        if isinstance(piece, Copies):
+            return self._copy_all(piece, lane, data)
+        if isinstance(piece, Measure):
+            self._merge(piece.key, piece.work(lane, data))
+            return _nothing
+        if isinstance(piece, Encode):
+            return self._encode(piece, lane, data)
+        if isinstance(piece, Slab):
+            return self._encode_slab(piece, lane, data)
+        raise TypeError(f"{piece} reads more than bytes")
 
     def _decode(self, piece: Piece, lane: Lane, stored: Stored) -> Callable[[], None]:
         if isinstance(piece, Gauge):
             self._merge(piece.key, piece.work(lane, stored, self.crew.block))
             return _nothing
         if not isinstance(piece, Decoding):
-            raise AssertionError(f"{piece} reads plain bytes")
+            raise TypeError(f"{piece} reads plain bytes")
         whole = None if piece.key is None else self._extent(piece.key)
         if piece.key is not None and whole is None:
             return _nothing  # a piece before this one fails the job
