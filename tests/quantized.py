@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
-from checkpoints import LLAMA
+from checkpoints import LLAMA, llama
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
@@ -245,6 +245,7 @@ def encode_all(
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 MODELOPT = {"quant_method": "modelopt"}
+AWQ_SECTION = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 
 
 def ct(scheme: Any, form: str) -> dict[str, Any]:
@@ -283,7 +284,7 @@ CASES: dict[str, tuple[Maker, dict[str, Any]]] = {
     "CT nvfp4": _ct_case(scheme_of("NVFP4A16"), "nvfp4-pack-quantized"),
     "CT mxfp4": _ct_case(scheme_of("MXFP4A16"), "mxfp4-pack-quantized"),
     "CT mxfp8": _ct_case(scheme_of("MXFP8A16"), "mxfp8-quantized"),
-    "AWQ": (awq, {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}),
+    "AWQ": (awq, AWQ_SECTION),
     **{
         f"GPTQ int{bits}, {'with' if order else 'without'} act-order, v{version}": (
             partial(gptq, bits=bits, version=version, act_order=order),
@@ -304,3 +305,10 @@ CASES: dict[str, tuple[Maker, dict[str, Any]]] = {
 
 def config_of(section: Mapping[str, Any]) -> dict[str, Any]:
     return {**LLAMA, "quantization_config": dict(section)}
+
+
+def small() -> dict[str, Tensor]:
+    """One layer with ragged blocks, of which some parts are fused."""
+    leaves = ("q_proj", "k_proj", "down_proj", "norm", "embed_tokens")
+    weights = llama(layers=1, hidden=192, width=288)
+    return {name: tensor for name, tensor in weights.items() if name.split(".")[-2].endswith(leaves)}

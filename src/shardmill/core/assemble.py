@@ -16,7 +16,7 @@ from shardmill.core.plan import DEQUANTIZE, Plan, ShardPlan, ShardSizes, TensorP
 from shardmill.core.pretty import pretty
 from shardmill.core.receipt import Receipt
 from shardmill.core.recipe import recipe_to_json
-from shardmill.core.scheme import Scheme, scheme_to_json
+from shardmill.core.scheme import group_entry
 from shardmill.core.statistics import Statistics
 from shardmill.errors import NON_FINITE, Problem, ShardmillError
 
@@ -37,7 +37,7 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
     One scheme: `Linear` with a complete ignore list, the only form that all readers resolve alike. Several: disjoint
     expressions that name every quantized module, since readers disagree on who wins when two groups match.
     """
-    entries = [_group_entry(group.scheme) for group in plan.recipe.groups]
+    entries = [group_entry(group.scheme) for group in plan.recipe.groups]
     entries += [json.loads(kept.entry) for kept in plan.kept]
     groups = {
         f"group_{number:02d}": {"targets": targets, **entry}
@@ -58,24 +58,18 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _group_entry(scheme: Scheme) -> dict[str, Any]:
-    """A group but for its targets."""
-    fields = scheme_to_json(scheme)
-    fields.pop("preset", None)
-    return {**fields, "output_activations": None, "format": scheme.format}
-
-
 def _quantized_modules(plan: Plan) -> dict[str, int]:
     """Group by quantized module, experts of split stacks included; kept groups after those of the recipe."""
     first = len(plan.recipe.groups)
     kept = {module: first + number for number, group in enumerate(plan.kept) for module in group.modules}
-    return kept | {
+    found = {
         unit.module: tensor.scheme
         for shard in plan.shards
         for tensor in shard.tensors
         if tensor.scheme >= 0
         for unit in shard.units_of(tensor)
     }
+    return found | kept
 
 
 def _group_targets(plan: Plan) -> list[list[str]]:

@@ -72,6 +72,8 @@ class Decode:
     experts: int = 1
     scheme: int = -1
     """Number of the group of the source's own config, where it has groups."""
+    stays: bool = False
+    """Whether its codes are written again whatever they hold, because the recipe leaves them alone."""
 
     def ref(self, role: str) -> TensorRef | None:
         """The tensor in a role, if there is one."""
@@ -86,7 +88,7 @@ class Decode:
         """All that its values depend on, as JSON: no names of shards, no places, no word for people."""
         parts = [[role, ref.spec.name, ref.spec.dtype, list(ref.spec.shape)] for role, ref in self.parts]
         numbers = [self.bits, self.rows, self.cols, list(self.tile), self.bias, self.zero_offset, self.divides]
-        return [self.codes, *numbers, self.experts, parts]
+        return [self.codes, *numbers, self.experts, self.stays, parts]
 
     @property
     def kind(self) -> tuple[Any, ...]:

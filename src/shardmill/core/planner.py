@@ -5,10 +5,11 @@ Names and numbers in, a value out; nothing is opened and nothing is raised.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -36,8 +37,9 @@ from shardmill.core.plan import (
     TensorPlan,
 )
 from shardmill.core.recipe import Recipe
+from shardmill.core.recode import can_recode, natural_scheme
 from shardmill.core.roles import Role, has_digit_word, role_of, runtime_heads
-from shardmill.core.scheme import Scheme
+from shardmill.core.scheme import Scheme, group_entry
 from shardmill.core.sources import Sources, recognise
 from shardmill.errors import Problem, show
 
@@ -122,8 +124,10 @@ class _Planner:
     """What is quantized already."""
     encoded: dict[str, _Decision] = field(default_factory=dict)
     """Decisions about it by name of the tensor with the codes."""
-    stay: dict[int, list[str]] = field(default_factory=dict)
-    """Modules that stay as they are by group of the source's own config."""
+    stay: dict[str, list[str]] = field(default_factory=dict)
+    """Modules that keep their codes by the JSON of their group in the written config."""
+    schemes: list[Scheme] = field(default_factory=list)
+    """Of the recipe's groups, and then those in which codes are written that stay."""
 
     def decide_all(self, shard: SourceShard) -> list[_Decision]:
         """Choose what happens to every tensor of a shard, and why.
@@ -180,19 +184,32 @@ class _Planner:
         else:
             found = self._decide_weight(decode.virtual(PLAIN), module, self._resolve(module))
         if found.action != COPY:
-            return found._replace(reason=f"{found.reason}; from {decode.format}", decode=decode)
-        if decode.scheme >= 0 and not self.recipe.dequantize:
-            self.stay.setdefault(decode.scheme, []).append(module)
+            stays = found.group >= 0 and can_recode(decode, self.schemes[found.group])
+            origin = f"from {decode.format}{', whose codes are kept' if stays else ''}"
+            return found._replace(reason=f"{found.reason}; {origin}", decode=decode)
+        if self.recipe.dequantize:
+            return found._replace(action=DEQUANTIZE, reason=f"{decode.format} becomes {PLAIN}", decode=decode)
+        if decode.scheme >= 0:
+            self.stay.setdefault(self.sources.groups[decode.scheme], []).append(module)
             return found._replace(reason=f"{found.reason}; stays {decode.format}", is_dense=False)
+        scheme = natural_scheme(decode)
+        if scheme is not None:
+            self.stay.setdefault(json.dumps(group_entry(scheme)), []).append(module)
+            if scheme not in self.schemes:
+                self.schemes.append(scheme)
+            return found._replace(
+                action=QUANTIZE,
+                reason=f"{found.reason}; stays {decode.format}, as {scheme.format}",
+                group=self.schemes.index(scheme),
+                is_dense=False,
+                decode=replace(decode, stays=True),
+            )
         reason = f"{found.reason}; {decode.format} becomes {PLAIN}"
         return found._replace(action=DEQUANTIZE, reason=reason, decode=decode)
 
     def kept_groups(self) -> tuple[KeptGroup, ...]:
-        """Groups of the source's own config whose modules stay, with explicit names."""
-        return tuple(
-            KeptGroup(self.sources.groups[number], tuple(sorted(modules)))
-            for number, modules in sorted(self.stay.items())
-        )
+        """Groups of the written config for modules that keep their codes, with explicit names."""
+        return tuple(KeptGroup(entry, tuple(sorted(modules))) for entry, modules in sorted(self.stay.items()))
 
     def _keep(self, spec: TensorSpec, decision: _Decision) -> _Decision:
         """Copy a tensor that would be quantized or split; its modules stay dense."""
@@ -310,9 +327,10 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe, kept: Kept | None = None)
     planner = _Planner(recipe, sizes, matcher, checkpoint.intake.limits)
     planner.kept = kept.reasons if kept is not None else {}
     planner.sources = recognise(checkpoint)
+    planner.schemes = [group.scheme for group in recipe.groups]
     planner.layouts = _stack_layouts(checkpoint, sizes, recipe, planner.sources)
-    schemes = tuple(group.scheme for group in recipe.groups)
     decided = [planner.decide_all(shard) for shard in checkpoint.shards]
+    schemes = tuple(planner.schemes)
     refs = _share_global_scales(checkpoint, decided, planner, schemes)
     shards = tuple(
         ShardPlan(
@@ -434,7 +452,11 @@ def _share_global_scales(
             _check_fused(members, planner)
         for group in groups & scaled:
             refs = tuple(
-                [TensorRef(s.name, s.header.data_start, spec, d.decode) for s, spec, d in members if d.group == group]
+                [
+                    TensorRef(s.name, s.header.data_start, spec, d.decode)
+                    for s, spec, d in members
+                    if d.group == group and not (d.decode and d.decode.stays)
+                ]
             )
             if len(refs) > 1:
                 for ref in refs:
@@ -545,7 +567,8 @@ def _check_coverage(planner: _Planner, shards: Iterable[ShardPlan], heads: Seque
             message = "no weight of this checkpoint is quantized"
             problems.append(Problem(kind="nothing-matched", message=message, way_out="use it as it is"))
         return problems
-    if not any(tensor.scheme >= 0 for shard in shards for tensor in shard.tensors):
+    asked = range(len(planner.recipe.groups))
+    if not any(tensor.scheme in asked for shard in shards for tensor in shard.tensors):
         problems.append(Problem(kind="nothing-matched", message="the recipe quantizes no tensor of this checkpoint"))
     return problems
 

@@ -160,11 +160,11 @@ def decode_rows(decode: Decode, stored: Stored, rows: range) -> Floats:
     Args:
         rows: among those that `stored` was read for, in any step.
     """
-    values = _codes(decode, stored, rows)
-    zeros = _zero_points(decode, stored, rows)
+    values = code_numbers(decode, stored, rows)
+    zeros = zero_grid(decode, stored, rows)
     if zeros is not None:
         values -= _spread(decode, stored, zeros)
-    scales = _scales(decode, stored, rows)
+    scales = scale_grid(decode, stored, rows)
     return _scaled(decode, stored, values, scales)
 
 
@@ -198,7 +198,7 @@ def _take(table: Array, index: Array) -> Array:
     return np.take(table, index, mode="clip")  # in this mode NumPy lets other threads work
 
 
-def _codes(decode: Decode, stored: Stored, rows: range) -> Floats:
+def code_numbers(decode: Decode, stored: Stored, rows: range) -> Floats:
     """Codes as numbers, without what is added to them for storage."""
     held = stored.arrays[CODES]
     if decode.codes == GPTQ:
@@ -253,7 +253,7 @@ def _awq_rows(words: Array, stored: Stored, rows: range) -> npt.NDArray[np.uint8
     return fields.reshape(-1, block.shape[0])[start : start + len(rows) * rows.step : rows.step]
 
 
-def _zero_points(decode: Decode, stored: Stored, rows: range) -> Floats | None:
+def zero_grid(decode: Decode, stored: Stored, rows: range) -> Floats | None:
     """Zero points on the grid of the scales, `[rows or 1, groups]`, in the numbers of the codes."""
     held = stored.arrays.get(ZERO_POINT)
     if held is None:
@@ -295,7 +295,7 @@ def _packed_zero_points(decode: Decode, held: Array, stored: Stored, rows: range
     return np.asarray(fields.T[_within(stored, rows)] - np.float32(decode.bias), np.float32)
 
 
-def _scales(decode: Decode, stored: Stored, rows: range) -> Floats:
+def scale_grid(decode: Decode, stored: Stored, rows: range) -> Floats:
     """Scales on their grid, `[rows or 1, groups]`, the global one taken in."""
     held, ref = stored.arrays[SCALE], decode.ref(SCALE)
     if decode.is_transposed:
@@ -328,6 +328,11 @@ def _spread(decode: Decode, stored: Stored, grid: Floats) -> Floats:
     if grid.shape[1] in (1, decode.cols):
         return grid
     return np.repeat(grid, decode.tile[1], axis=1)[:, : decode.cols]
+
+
+def scale_index(stored: Stored, groups: int) -> Array:
+    """Group of each column, where a tensor tells it."""
+    return _group_numbers(stored.arrays[ORDER], groups)
 
 
 def _group_numbers(order: Array, groups: int) -> Array:

@@ -70,6 +70,8 @@ class EncodedBlock:
     statistics: Statistics
     finite: bool
     """Whether every weight was finite as float32. If not, all else is unspecified."""
+    global_scale: memoryview | None = None
+    """Where it does not follow from the extent."""
 
 
 class Lane(Protocol):

@@ -19,11 +19,13 @@ from shardmill.core.encoding import Decode, TensorRef
 from shardmill.core.header import TensorSpec
 from shardmill.core.layout import Unit, rows_per_block
 from shardmill.core.plan import DECODED, ShardPlan
+from shardmill.core.recode import can_recode
 from shardmill.core.scheme import Scheme
 from shardmill.core.statistics import Extent
 from shardmill.errors import NON_FINITE, NonFiniteWeight, Problem
 from shardmill.kernels.decode import Stored, decode_rows, read_rows, to_bf16
 from shardmill.kernels.lanes import BlockSize, EncodedBlock, Lane, gather
+from shardmill.kernels.recode import Traits, recode_rows, statistics
 
 COPY_BYTES: Final = 4 << 20
 """Bytes that are carried over at a time."""
@@ -238,6 +240,8 @@ class Decoding:
     """Of the decoded weight."""
     key: str | None
     """Of the extent that the scale needs."""
+    recodes: bool
+    """Whether its codes may be those of the scheme."""
 
     @property
     def held_bytes(self) -> int:
@@ -248,7 +252,9 @@ class Decoding:
         """Read what the values are made of."""
         return read_rows(self.decode, self.rows, read)
 
-    def work(self, lane: Lane, stored: Stored, whole: Extent | None, block: BlockSize) -> tuple[SlabBlock, ...]:
+    def work(
+        self, lane: Lane, stored: Stored, whole: Extent | None, traits: Traits, block: BlockSize
+    ) -> tuple[SlabBlock, ...]:
         """Give the row blocks in order.
 
         Raises:
@@ -265,10 +271,20 @@ class Decoding:
             if scheme is None:
                 blocks.append((self.unit, is_last, self._rounded(lane, stored, rows)))
             else:
-                found = self._encode(lane, stored, rows, scheme, whole)
+                found = self._recode(stored, rows, scheme, traits) if self.recodes else None
+                found = found or self._encode(lane, stored, rows, scheme, whole)
                 kept = found if len(parts) == 1 else _keep(found)
                 blocks.append((self.unit, is_last, kept))
         return tuple(blocks)
+
+    def _recode(self, stored: Stored, rows: range, scheme: Scheme, traits: Traits) -> EncodedBlock | None:
+        again = recode_rows(self.decode, stored, rows, scheme, traits, as_is=self.decode.stays)
+        if again is None:
+            return None
+        measured = statistics(decode_rows(self.decode, stored, rows))
+        tensors = {param: _octets(array) for param, array in again.tensors.items()}
+        shared = None if again.global_scale is None else _octets(again.global_scale)
+        return EncodedBlock(tensors, measured, finite=True, global_scale=shared)
 
     def _encode(self, lane: Lane, stored: Stored, rows: range, scheme: Scheme, whole: Extent | None) -> EncodedBlock:
         data, shape = _values(self.decode, stored, rows), (len(rows), self.decode.cols)
@@ -406,8 +422,12 @@ def _decoding(
     """Pieces of one weight that is decoded."""
     rows = range(unit.first, unit.first + unit.rows * unit.step, unit.step)
     key = None
-    if unit.scheme is not None and unit.scheme.weights.strategy in ("tensor", "tensor_group"):
-        key, wanted = _decoded_extent(unit, decode, unit.scheme, fused)
+    scheme = unit.scheme
+    recodes = scheme is not None and all(
+        partner is not None and can_recode(partner, scheme) for partner in [decode, *[ref.decode for ref in fused]]
+    )
+    if scheme is not None and not decode.stays and scheme.weights.strategy in ("tensor", "tensor_group"):
+        key, wanted = _decoded_extent(unit, decode, scheme, fused)
         own = TensorRef(shard.name, shard.data_start, decode.parts[0][1].spec, decode)
         if wanted is None:
             yield from _measured(shard, key, fused or (own,), measured, block)
@@ -420,7 +440,7 @@ def _decoding(
     elif decode.stack is not None:
         step = decode.rows // decode.experts
     for part in _split(rows, step):
-        yield Decoding(shard.name, number, part[-1] == rows[-1], unit, decode, part, key)
+        yield Decoding(shard.name, number, part[-1] == rows[-1], unit, decode, part, key, recodes)
 
 
 def _decoded_extent(

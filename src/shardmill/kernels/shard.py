@@ -28,6 +28,7 @@ from shardmill.kernels.crew import Crew, crew_of
 from shardmill.kernels.decode import Stored
 from shardmill.kernels.lanes import EncodedBlock, Lane, needs_torch
 from shardmill.kernels.pieces import Copies, Copy, Decoding, Encode, Gauge, Measure, Piece, Slab, SlabBlock, Twice, cut
+from shardmill.kernels.recode import Traits
 from shardmill.kernels.scan import index_of
 
 WriteChunk = Callable[[memoryview], None]
@@ -181,8 +182,10 @@ class _Output:
         statistics = self._statistics
         self._statistics = block.statistics if statistics is None else statistics.merge(block.statistics)
         if is_last:
+            own = block.global_scale
+            shared = whole if own is None else lambda: own
             for spec in rest:
-                self.held[spec.name] = self._finished(spec, unit, whole)
+                self.held[spec.name] = self._finished(spec, unit, shared)
             self._record(unit)
             self._end()
 
@@ -274,6 +277,8 @@ class _Encoding:
     waiting: dict[int, _Result] = field(default_factory=dict)
     """Finished pieces whose turn to be written has not come, by number."""
     extents: dict[str, Extent] = field(default_factory=dict)
+    traits: dict[str, Traits] = field(default_factory=dict)
+    """What of scales decides whether codes can stay, by the same key."""
     missing: dict[str, int] = field(default_factory=dict)
     """Pieces that an extent still lacks."""
     is_writing: bool = False
@@ -397,14 +402,20 @@ class _Encoding:
 
     def _decode(self, piece: Piece, lane: Lane, stored: Stored) -> Callable[[], None]:
         if isinstance(piece, Gauge):
-            self._merge(piece.key, piece.work(lane, stored, self.crew.block))
+            extent = piece.work(lane, stored, self.crew.block)
+            traits = Traits.of(piece.decode, stored, piece.rows)
+            with self.changed:
+                self.traits[piece.key] = self.traits.get(piece.key, Traits()).merge(traits)
+            self._merge(piece.key, extent)
             return _nothing
         if not isinstance(piece, Decoding):
             raise TypeError(f"{piece} reads plain bytes")
         whole = None if piece.key is None else self._extent(piece.key)
         if piece.key is not None and whole is None:
             return _nothing  # a piece before this one fails the job
-        return self._writes(piece.work(lane, stored, whole, self.crew.block), {}, lane, whole or Extent())
+        traits = self.traits.get(piece.key or "", Traits())
+        blocks = piece.work(lane, stored, whole, traits, self.crew.block)
+        return self._writes(blocks, {}, lane, whole or Extent())
 
     def _look_at(self, number: int, lane: Lane, data: memoryview) -> tuple[int, int] | None:
         """NaN and Inf in bytes that are copied; they are told and kept."""
