@@ -29,7 +29,6 @@ from quantized import (
     gptq,
     modelopt_as_compressed,
     modelopt_nvfp4,
-    scheme_of,
     small,
 )
 from shardmill.core.recipe import Recipe, parse_recipe, uniform

@@ -108,3 +108,33 @@ def test_a_plan_tells_what_is_read_with_what() -> None:
     assert by_name["m.up_proj.weight"].reason == "target `Linear`; from fp8 in blocks of 128x128"
     assert by_name["m.up_proj.weight_scale_inv"].reason == "read with `m.up_proj.weight`"
     assert by_name["m.up_proj.weight_scale_inv"].action == "part"
+
+
+def ct_section(targets: list[str]) -> dict[str, Any]:
+    weights = {"num_bits": 4, "type": "int", "strategy": "channel", "symmetric": True}
+    group = {"targets": targets, "weights": weights, "format": "pack-quantized"}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"g": group},
+        "ignore": [],
+    }
+
+
+@pytest.mark.parametrize(
+    ("targets", "kind"),
+    [
+        (["Linear"], None),
+        (["re:.*up_proj$"], None),
+        (["m.up_proj"], None),
+        (["re:(a"], "config-invalid"),
+        ([r"re:(.*)(.*)(.*)(.*)(.*)(.*)\1\2\3\4\5\6$" * 3], "source-ambiguous"),
+        ([f"re:.*{number}x$" for number in range(1001)], "source-ambiguous"),
+        (["re:.*other$"], "source-ambiguous"),
+    ],
+)
+def test_patterns_of_the_source_are_matched_in_bounded_time(targets: list[str], kind: str | None) -> None:
+    name = "m.up_proj" if kind is None else "m." + "up" * 400 + "_proj"
+    table = {f"{name}.{param.rpartition('.')[2]}": entry for param, entry in PACKED.items()}
+    found = kinds(table, ct_section(targets))
+    assert kind in found if kind else found == set()

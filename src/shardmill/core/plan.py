@@ -442,36 +442,38 @@ def _decoded_units(tensor: TensorPlan, decode: Decode, scheme: Scheme | None) ->
     """Units whose values are decoded; their rows are rows of `decode`."""
     stack, module = decode.stack, split_name(tensor.spec.name)[0]
     if scheme is None:
-        spec = decode.virtual(PLAIN)
-        shape, name = (decode.rows, decode.cols), f"{module}.weight" if module else "weight"
-        if stack is not None:
-            shape3 = (decode.experts, decode.cols, decode.rows // decode.experts)
-            outputs = (OutputSpec(f"{stack.prefix}.{stack.leaf}", PLAIN, shape3),)
-        else:
-            outputs = (OutputSpec(name, PLAIN, shape),)
-        yield _decoded_unit(decode, spec, module, outputs, None, range(decode.rows))
+        yield _decoded_unit(decode, PLAIN, module, (_dequantized(decode, module),), None, range(decode.rows))
         return
-    spec = decode.virtual(DECODED)
     if stack is None:
         outputs = quantized_outputs(module, scheme, decode.rows, decode.cols, DECODED)
-        yield _decoded_unit(decode, spec, module, outputs, scheme, range(decode.rows))
+        yield _decoded_unit(decode, DECODED, module, outputs, scheme, range(decode.rows))
         return
     halves, height = len(HALVES[stack.leaf]), decode.rows // decode.experts
     for expert in range(decode.experts):
         for number, half in enumerate(stack.modules(expert)):
             rows = range(expert * height + number, (expert + 1) * height, halves)
             outputs = quantized_outputs(half, scheme, len(rows), decode.cols, DECODED)
-            yield _decoded_unit(decode, spec, half, outputs, scheme, rows)
+            yield _decoded_unit(decode, DECODED, half, outputs, scheme, rows)
+
+
+def _dequantized(decode: Decode, module: str) -> OutputSpec:
+    """What a weight becomes that nothing quantizes; experts are transposed, as models hold them."""
+    stack = decode.stack
+    if stack is None:
+        return OutputSpec(f"{module}.weight" if module else "weight", PLAIN, (decode.rows, decode.cols))
+    shape = (decode.experts, decode.cols, decode.rows // decode.experts)
+    return OutputSpec(f"{stack.prefix}.{stack.leaf}", PLAIN, shape)
 
 
 def _decoded_unit(
     decode: Decode,
-    spec: TensorSpec,
+    dtype: str,
     module: str,
     outputs: tuple[OutputSpec, ...],
     scheme: Scheme | None,
     rows: range,
 ) -> Unit:
+    spec = decode.virtual(dtype)
     return Unit(
         tensor=spec,
         module=module,

@@ -314,19 +314,22 @@ class _Planner:
         self.problems.append(Problem(file=shard, tensor=spec.name, kind=kind, message=message, way_out=way_out))
 
 
-def build_plan(checkpoint: Checkpoint, recipe: Recipe, kept: Kept | None = None) -> Plan:
+def build_plan(
+    checkpoint: Checkpoint, recipe: Recipe, kept: Kept | None = None, *, sources: Sources | None = None
+) -> Plan:
     """Decide about every tensor of a checkpoint; problems are collected in the plan, never raised.
 
     Checks that need the whole checkpoint are made here; those of single tensors by `checks.check_shard`.
 
     Args:
         kept: what is copied because of its values, where they were looked at; see `nonfinite.keep`.
+        sources: what is quantized already, where that is not to be found out here.
     """
     sizes = read_sizes(checkpoint.config)
     matcher = Matcher.build([g.targets for g in recipe.groups], recipe.ignore)
     planner = _Planner(recipe, sizes, matcher, checkpoint.intake.limits)
     planner.kept = kept.reasons if kept is not None else {}
-    planner.sources = recognise(checkpoint)
+    planner.sources = recognise(checkpoint) if sources is None else sources
     planner.schemes = [group.scheme for group in recipe.groups]
     planner.layouts = _stack_layouts(checkpoint, sizes, recipe, planner.sources)
     decided = [planner.decide_all(shard) for shard in checkpoint.shards]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from shardmill.core.dtypes import COMPUTABLE
@@ -33,8 +33,8 @@ from shardmill.core.experts import HALVES, Stack
 from shardmill.core.foreign import levels
 from shardmill.core.matching import split_name
 from shardmill.core.plan import Checkpoint
-from shardmill.core.written import WrittenConfig, WrittenGroup, parse_written_config
-from shardmill.errors import Problem, show
+from shardmill.core.written import PLAIN_CONFIG, WrittenConfig, WrittenGroup, parse_written_config
+from shardmill.errors import Problem, RecipeInvalid, show
 
 _FLOATS: Final = frozenset({"F32", "BF16", "F16"})
 _EXPONENTS: Final = frozenset({"F8_E8M0", "U8"})
@@ -66,10 +66,13 @@ class _Source:
 
     def group_of(self, module: str) -> tuple[int, WrittenGroup | None]:
         """Number and entry of the module's group; its patterns are matched in bounded time."""
-        target = self.written.matcher.target_of(module) if self.written else None
-        if target is None or self.written is None:
+        if self.written is None:
             return -1, None
-        return target.group, self.written.groups[target.group]
+        try:
+            target = self.written.matcher.target_of(module)
+        except RecipeInvalid as error:  # a pattern of the source that cannot be matched in bounded time
+            raise _Misfit("source-ambiguous", error.problems[0].message, "correct the source's config.json") from error
+        return (target.group, self.written.groups[target.group]) if target is not None else (-1, None)
 
 
 Params = Mapping[str, TensorRef]
@@ -593,9 +596,10 @@ def recognise(checkpoint: Checkpoint) -> Sources:
         problems += _recognise_module(module, params, source, weights, parts)
     for name, params in stacks.items():
         problems += _recognise_stack(name, params, source, weights, parts)
+    if modules and source.written is not None:
+        problems += source.written.problems
     if weights:
         problems += _lone_codes(modules, weights)
-        problems += _config_problems(source)
     return Sources(
         weights=weights,
         parts=parts,
@@ -610,8 +614,21 @@ def _written(section: Mapping[str, Any]) -> WrittenConfig | None:
     if not isinstance(section.get("config_groups"), Mapping):
         return None
     groups = {name: _completed(entry) for name, entry in section["config_groups"].items()}
-    whole = {**section, "quant_method": "compressed-tensors", "config_groups": groups}
+    whole = {"format": section.get("format"), "quant_method": "compressed-tensors", "config_groups": groups}
+    if sum(map(_expressions, groups.values())) > _MOST_EXPRESSIONS:
+        message = f"more than {_MOST_EXPRESSIONS} expressions in the targets of the source's config_groups"
+        problem = Problem(file="config.json", kind="source-ambiguous", message=message, way_out="name modules instead")
+        return replace(PLAIN_CONFIG, problems=(problem,))
     return parse_written_config({"quantization_config": whole})
+
+
+_MOST_EXPRESSIONS: Final = 1000
+"""Each is matched with every module, and they come from somebody else."""
+
+
+def _expressions(entry: Any) -> int:
+    targets = entry.get("targets") if isinstance(entry, Mapping) else None
+    return sum(str(target).startswith("re:") for target in targets) if isinstance(targets, list) else 0
 
 
 def _group_entries(source: _Source) -> tuple[str, ...]:
@@ -639,10 +656,6 @@ def _completed(entry: Any) -> Any:
         dtype = "torch.float8_e4m3fn" if weights.get("strategy") == "tensor_group" else "torch.uint8"
         return {**entry, "weights": {**weights, "scale_dtype": dtype}}
     return entry
-
-
-def _config_problems(source: _Source) -> list[Problem]:
-    return list(source.written.problems) if source.written else []
 
 
 def _collect(

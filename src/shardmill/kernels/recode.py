@@ -92,9 +92,9 @@ def global_divisor(decode: Decode, stored: Stored) -> np.float32:
     ref = decode.ref(GLOBAL_SCALE)
     if ref is None:
         raise AssertionError(f"{decode.format} has no global scale")
-    value = to_floats(stored.arrays[GLOBAL_SCALE], ref.spec.dtype).reshape(-1)[0]
+    value = np.float32(to_floats(stored.arrays[GLOBAL_SCALE], ref.spec.dtype).reshape(-1)[0])
     with np.errstate(all="ignore"):
-        return value if decode.divides else np.float32(1) / value
+        return value if decode.divides else np.float32(np.float32(1) / value)
 
 
 def _rows_of(array: npt.NDArray[Any], stored: Stored, rows: range) -> npt.NDArray[Any]:
