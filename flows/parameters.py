@@ -22,7 +22,8 @@ from pydantic import (
 
 from shardmill.core.limits import NAMES, Intake, Limits
 from shardmill.core.markdown import plain
-from shardmill.core.recipe import Recipe, parse_recipe
+from shardmill.core.plan import PLAIN
+from shardmill.core.recipe import Recipe, dequantizing, parse_recipe
 from shardmill.core.scheme import PRESETS
 from shardmill.errors import Problem, RecipeInvalid
 from shardmill.orchestration.bench import Job
@@ -44,6 +45,7 @@ _CHOICES: Final = (
     "partial_fused",
     "allow_nonfinite",
     "search",
+    "dequantize",
 )
 """Fields that a recipe replaces."""
 
@@ -117,6 +119,11 @@ class Choices(_Form):
         description="How scales are chosen: from the extremes of what shares one (none), or by the least error of what "
         "is read back (mse), which takes longer.",
     )
+    dequantize: bool = Field(
+        default=False,
+        description="Quantize nothing: write a plain BF16 checkpoint from one that is quantized. "
+        "Leave scheme and all other choices at their defaults.",
+    )
     recipe: dict[str, Any] | None = Field(
         default=None,
         description="A whole recipe as a recipe file holds it, for several schemes. "
@@ -132,11 +139,16 @@ class Choices(_Form):
         ]
         if self.recipe is not None and changed:
             raise ValueError(f"a recipe replaces {', '.join(changed)}: say it in the recipe, or leave the recipe out")
+        others = [name for name in changed if name != "dequantize"]
+        if self.dequantize and (others or self.scheme != fields["scheme"].default):
+            raise ValueError("dequantize quantizes nothing: leave scheme and all other choices at their defaults")
         return self
 
     @property
     def scheme_label(self) -> str:
         """The scheme in names for people and in destinations."""
+        if self.dequantize:
+            return PLAIN
         return self.scheme if self.recipe is None else "recipe"
 
     def to_recipe(self) -> Recipe:
@@ -147,6 +159,8 @@ class Choices(_Form):
         """
         if self.recipe is not None:
             return parse_recipe(self.recipe)
+        if self.dequantize:
+            return dequantizing()
         choices = {name: getattr(self, name) for name in _CHOICES}
         return parse_recipe({"scheme": self.scheme} | choices)
 

@@ -38,6 +38,7 @@ from shardmill.core.plan import COPY, SPLIT, Checkpoint, ShardPlan, SourceShard
 from shardmill.core.planner import build_plan
 from shardmill.core.recipe import EXPERT_LAYOUTS, Group, Recipe
 from shardmill.core.scheme import Scheme, preset
+from shardmill.core.sources import Sources
 from shardmill.core.strict_json import parse_json
 from shardmill.errors import CheckpointInvalid, NonFiniteWeight, Problem, RecipeInvalid, Refused, refuse, show
 from shardmill.kernels import reference
@@ -387,7 +388,8 @@ def _decide(source: _Source, request: _Request) -> tuple[ShardPlan, list[Problem
         partial_fused=True,
         expert_layout=None if config else "rows",
     )
-    plan = build_plan(Checkpoint(shards=(source.shard,), index=None, config_text=config), recipe)
+    checkpoint = Checkpoint(shards=(source.shard,), index=None, config_text=config)
+    plan = build_plan(checkpoint, recipe, sources=Sources())  # other formats are for converters here
     shard = plan.shards[0]
     if not config and (stacks := [tensor.spec.name for tensor in shard.tensors if tensor.action == SPLIT]):
         _LOG.warning("no %s beside the source: stacks such as %s are split by rows", CONFIG_NAME, show(stacks[0]))

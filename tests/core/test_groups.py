@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from shardmill.core.assemble import scheme_entry
 from shardmill.core.groups import Part, merge_sections, source_parts, write_groups, write_section
 from shardmill.core.resolve import Resolver, check_resolution
-from shardmill.core.scheme import preset
+from shardmill.core.scheme import group_entry, preset
 from shardmill.errors import CheckpointInvalid, Problem, Refused
 
 EXPERTS = tuple(
@@ -42,7 +41,7 @@ SOURCE: dict[str, Any] = {
 
 
 def part(scheme: str, modules: tuple[str, ...]) -> Part:
-    return Part(entry=scheme_entry(preset(scheme)), modules=modules)
+    return Part(entry=group_entry(preset(scheme)), modules=modules)
 
 
 def merge(parts: list[Part], source: dict[str, Any] = SOURCE, **options: Any) -> dict[str, Any]:

@@ -53,6 +53,7 @@ class Options:
     limit: tuple[str, ...] = ()
     allow_code: bool = False
     allow_nonfinite: bool | None = None
+    dequantize: bool = False
     store: str = ""
     device: str = "auto"
     workers: int = 0
@@ -173,6 +174,9 @@ def _add_recipe(parser: argparse.ArgumentParser, *, takes_several: bool = False)
     else:
         choice.add_argument("--scheme", help=what)
     choice.add_argument("--recipe", metavar="FILE", help="a recipe in JSON or YAML")
+    choice.add_argument(
+        "--dequantize", action="store_true", help="write a plain BF16 checkpoint from one that is quantized"
+    )
     group.add_argument("--group-size", type=_positive, metavar="N", help="input features that share a scale")
     group.add_argument(
         "--ignore",
@@ -324,7 +328,9 @@ def read_recipe(options: Options) -> Recipe:
     Raises:
         RecipeInvalid: unknown scheme, unreadable file, options that do not go together.
     """
-    if options.recipe is None:
+    if options.dequantize:
+        recipe = parse_recipe({"dequantize": True} | ({"group_size": options.group_size} if options.group_size else {}))
+    elif options.recipe is None:
         recipe = parse_recipe({"scheme": options.scheme or DEFAULT_SCHEME, "group_size": options.group_size})
     elif options.group_size is not None:
         raise _invalid("--group-size does not go with --recipe", "set group_size in the file")

@@ -21,7 +21,7 @@ from shardmill.core.recipe import Recipe
 from shardmill.core.serving import check_plan_serving
 from shardmill.core.shell import command_line
 from shardmill.core.summary import human_bytes, render, render_warnings, summarize, summary_document
-from shardmill.errors import Problem, RecipeInvalid, Refused, show
+from shardmill.errors import Refused, show
 
 if TYPE_CHECKING:
     from shardmill.core.outcome import ShardOutcome

@@ -15,12 +15,12 @@ from shardmill.core.foreign import AUTO_MAP, without
 from shardmill.core.groups import Groups, Part, write_groups, write_section
 from shardmill.core.index import encode_index
 from shardmill.core.matching import split_name
-from shardmill.core.plan import SPLIT, Plan, ShardSizes
+from shardmill.core.plan import DEQUANTIZE, SPLIT, Plan, ShardPlan, ShardSizes, TensorPlan
 from shardmill.core.pretty import pretty
 from shardmill.core.receipt import Receipt
 from shardmill.core.recipe import recipe_to_json
 from shardmill.core.roles import TOWERS
-from shardmill.core.scheme import Scheme, scheme_to_json
+from shardmill.core.scheme import group_entry
 from shardmill.core.statistics import Statistics
 from shardmill.core.targets import dense_expressions
 from shardmill.errors import NON_FINITE, Problem, ShardmillError
@@ -56,51 +56,51 @@ def _renamed(plan: Plan, groups: Groups) -> list[str]:
 
 
 def planned_groups(plan: Plan) -> Groups:
-    """The groups of the written config, and that of every quantized module."""
+    """The groups of the written config, and that of every quantized module; those that keep their codes come last."""
+    stays = {module for group in plan.kept for module in group.modules}
     members: list[list[str]] = [[] for _ in plan.recipe.groups]
     for module, number in quantized_modules(plan).items():
-        members[number].append(module)
-    return write_groups(
-        Part(entry=scheme_entry(group.scheme), modules=tuple(modules))
+        if module not in stays:
+            members[number].append(module)
+    parts = [
+        Part(entry=group_entry(group.scheme), modules=tuple(modules))
         for group, modules in zip(plan.recipe.groups, members, strict=True)
-    )
-
-
-def scheme_entry(scheme: Scheme) -> dict[str, Any]:
-    """An entry of `config_groups` for a scheme, without targets."""
-    entry = scheme_to_json(scheme)
-    for own in ("preset", "search"):  # ours, and nothing that a loader knows
-        entry.pop(own, None)
-    return {**entry, "output_activations": None, "format": scheme.format}
+    ]
+    return write_groups([*parts, *(Part(entry=json.loads(kept.entry), modules=kept.modules) for kept in plan.kept)])
 
 
 def quantized_modules(plan: Plan) -> dict[str, int]:
     """Group by quantized module, experts of split stacks included."""
     found: dict[str, int] = {}
     for shard in plan.shards:
-        for spec, action, _, scheme, *_ in shard.tensors:
-            if scheme < 0:
-                continue
-            stack = parse_stack(spec.name, spec.shape) if action == SPLIT else None
-            modules = (
-                [m for e in range(spec.shape[0]) for m in stack.modules(e)] if stack else [split_name(spec.name)[0]]
-            )
-            found.update(dict.fromkeys(modules, scheme))
+        for tensor in shard.tensors:
+            if tensor.scheme >= 0:
+                found.update(dict.fromkeys(_modules_of(tensor, shard), tensor.scheme))
     return found
+
+
+def _modules_of(tensor: TensorPlan, shard: ShardPlan) -> Iterator[str]:
+    if tensor.decode is not None:
+        return (unit.module for unit in shard.units_of(tensor))
+    stack = parse_stack(tensor.spec.name, tensor.spec.shape) if tensor.action == SPLIT else None
+    if stack is None:
+        return iter((split_name(tensor.spec.name)[0],))
+    return (module for expert in range(tensor.spec.shape[0]) for module in stack.modules(expert))
 
 
 def config_document(plan: Plan) -> dict[str, Any]:
     """The source's config.json in its own order, with our quantization_config at the end and no stale one."""
     source = json.loads(plan.config_text or "{}")
     stale = _STALE if plan.allow_code else (*_STALE, AUTO_MAP)
-    return {**without(source, stale), "quantization_config": quantization_config(plan)}
+    plain: dict[str, Any] = without(source, stale)
+    return plain if plan.recipe.dequantize else {**plain, "quantization_config": quantization_config(plan)}
 
 
 def params_document(plan: Plan, params: Mapping[str, Any]) -> dict[str, Any]:
     """Mistral's params.json in its own order; engines read the key `quantization` there."""
     gone = (*_STALE, *(() if plan.allow_code else (AUTO_MAP,)))
     kept = {key: value for key, value in without(params, gone).items() if key != PARAMS_KEY}
-    return {**kept, PARAMS_KEY: quantization_config(plan)}
+    return kept if plan.recipe.dequantize else {**kept, PARAMS_KEY: quantization_config(plan)}
 
 
 def with_quantization(plan: Plan) -> tuple[tuple[str, str], ...]:
@@ -235,6 +235,10 @@ def _warning(problem: Problem) -> dict[str, str]:
     return {"code": problem.kind, "file": problem.file, "tensor": problem.tensor, "message": problem.message}
 
 
+def _names(shard: ShardPlan, tensor: TensorPlan) -> list[str]:
+    return [spec.name for unit in shard.units_of(tensor) for spec in unit.outputs]
+
+
 def _shard_entry(plan: Plan, receipt: Receipt, number: int) -> dict[str, Any]:
     shard = plan.shards[number]
     return {
@@ -245,6 +249,7 @@ def _shard_entry(plan: Plan, receipt: Receipt, number: int) -> dict[str, Any]:
         "tensors": [
             {"name": t.spec.name, "action": t.action, "reason": t.reason}
             | ({"scheme": shard.schemes[t.scheme].label} if t.scheme >= 0 else {})
+            | ({"outputs": _names(shard, t)} if t.action == DEQUANTIZE else {})
             for t in shard.tensors
         ],
         "weights": [{"module": w.module, "scheme": w.scheme, **w.statistics.to_json()} for w in receipt.weights],

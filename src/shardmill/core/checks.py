@@ -7,7 +7,7 @@ from collections.abc import Collection
 from shardmill.core.dtypes import COMPUTABLE
 from shardmill.core.experts import HALVES, parse_stack
 from shardmill.core.layout import GENERATED_PARAMS
-from shardmill.core.plan import COPY, QUANTIZE, SPLIT, Plan, ShardPlan, TensorPlan, units_of
+from shardmill.core.plan import COPY, DEQUANTIZE, PART, QUANTIZE, SPLIT, Plan, ShardPlan, TensorPlan, units_of
 from shardmill.core.scheme import Scheme
 from shardmill.errors import Problem
 
@@ -32,13 +32,14 @@ def check_shard(shard: ShardPlan, taken: Collection[str] = ()) -> list[Problem]:
         taken: source names of the checkpoint with which a generated name may collide, see `source_names`.
     """
     problems: list[Problem] = []
-    sound: set[tuple[int, str, tuple[int, ...]]] = set()
+    sound: set[tuple[object, ...]] = set()
     for tensor in shard.tensors:
-        if tensor.action == COPY:
+        if tensor.action in (COPY, PART):
             continue
-        kind = (tensor.scheme, tensor.spec.dtype, tensor.spec.shape)
+        kind = (tensor.scheme, tensor.spec.dtype, tensor.spec.shape, tensor.decode and tensor.decode.kind)
         is_plain = tensor.action == QUANTIZE
-        found = [] if is_plain and kind in sound else _check_tensor(tensor, shard.schemes)
+        check = _check_decoded if tensor.decode is not None else _check_tensor
+        found = [] if is_plain and kind in sound else check(tensor, shard.schemes)
         if is_plain and not found:
             sound.add(kind)
         problems += found or (_check_names(tensor, shard.schemes, taken) if taken else [])
@@ -52,11 +53,11 @@ def source_names(plan: Plan) -> frozenset[str]:
     """Names of source tensors that a generated name may equal.
 
     A quantized weight keeps its name or gets one that ends in a generated param; but where a stack is split, or a
-    module has no name, any name may be generated.
+    module has no name, any name may be generated. What belongs to a weight that is decoded does not stay.
     """
-    names = [tensor.spec.name for shard in plan.shards for tensor in shard.tensors]
-    splits = any(tensor.action == SPLIT for shard in plan.shards for tensor in shard.tensors)
-    if splits or ".weight" in names:
+    names = [t.spec.name for shard in plan.shards for t in shard.tensors if t.action != PART]
+    moves = any(tensor.action in (SPLIT, DEQUANTIZE) for shard in plan.shards for tensor in shard.tensors)
+    if moves or ".weight" in names:
         return frozenset(names)
     return frozenset([name for name in names if name.endswith(GENERATED_PARAMS)])
 
@@ -66,6 +67,13 @@ def check_plan(plan: Plan) -> list[Problem]:
     taken = source_names(plan)
     found = [problem for shard in plan.shards for problem in check_shard(shard, taken)]
     return sorted({*plan.problems, *found})
+
+
+def _check_decoded(tensor: TensorPlan, schemes: tuple[Scheme, ...]) -> list[Problem]:
+    """Problems of a weight that is quantized already; what it is made of was checked when it was recognised."""
+    if tensor.decode is None or tensor.scheme < 0:
+        return []
+    return _check_width(tensor, schemes[tensor.scheme], tensor.decode.cols)
 
 
 def _check_tensor(tensor: TensorPlan, schemes: tuple[Scheme, ...]) -> list[Problem]:
@@ -81,7 +89,9 @@ def _check_tensor(tensor: TensorPlan, schemes: tuple[Scheme, ...]) -> list[Probl
             )
         ]
     if tensor.scheme >= 0 and spec.dtype not in COMPUTABLE:
-        message = f"expected F16, BF16, F32 or F64, found {spec.dtype}: it seems to be quantized already"
+        message = (
+            f"expected F16, BF16, F32 or F64, found {spec.dtype}: it seems to be quantized already, without a scale"
+        )
         return [Problem(tensor=spec.name, kind="already-quantized", message=message, way_out="add it to `ignore`")]
     if tensor.action == SPLIT and (problem := _check_halves(tensor)):
         return [problem]
@@ -115,7 +125,8 @@ def _check_width(tensor: TensorPlan, scheme: Scheme, width: int) -> list[Problem
         else ""
     )
     way_out = " or ".join(part for part in ("add it to `ignore`", advice if working else "") if part)
-    message = f"group_size {size} does not divide in_features {width} (shape {list(tensor.spec.shape)})"
+    shape = [tensor.decode.rows, tensor.decode.cols] if tensor.decode else list(tensor.spec.shape)
+    message = f"group_size {size} does not divide in_features {width} (shape {shape})"
     return [Problem(tensor=tensor.spec.name, kind="group-indivisible", message=message, way_out=way_out)]
 
 

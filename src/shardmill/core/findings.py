@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Final
 
 from shardmill.core.dtypes import COMPUTABLE
@@ -28,13 +28,17 @@ _FOLDED: Final = 1000
 _NUMBER: Final = re.compile(r"\d+")
 
 
-def check_copies(shards: Iterable[ShardPlan]) -> list[Problem]:
-    """Warn of tensors that no scheme computes with, and of tensors without elements; one warning each."""
+def check_copies(shards: Iterable[ShardPlan], kept: Collection[str] = ()) -> list[Problem]:
+    """Warn of tensors that no scheme computes with, and of tensors without elements; one warning each.
+
+    Args:
+        kept: names of tensors of which it is known what they hold.
+    """
     odd: list[tuple[str, str, str]] = []
     empty: list[tuple[str, str]] = []
     for shard in shards:
         for (name, dtype, shape, _, _), action, *_ in shard.tensors:
-            if action == COPY and dtype not in COMPUTABLE:
+            if action == COPY and dtype not in COMPUTABLE and name not in kept:
                 odd.append((shard.name, name, dtype))
             if 0 in shape:
                 empty.append((shard.name, name))

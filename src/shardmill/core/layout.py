@@ -16,6 +16,7 @@ from math import lcm
 from typing import Final, NamedTuple
 
 from shardmill.core.dtypes import BITS, scale_dtype_for, size_in_bytes
+from shardmill.core.encoding import Decode
 from shardmill.core.header import (
     ALIGNMENT,
     WRITTEN_METADATA,
@@ -68,6 +69,8 @@ class Unit:
     first: int = 0
     step: int = 1
     transposed: bool = False
+    decode: Decode | None = None
+    """What its values are made of where the source holds codes; the slab is what that gives then."""
 
     @property
     def is_contiguous(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, Final, TypeVar
 from shardmill.core.assemble import MANIFEST_NAME, MANIFEST_SCHEMA
 from shardmill.core.digest import Digest
 from shardmill.core.index import is_shard_name
+from shardmill.core.plan import PART
 from shardmill.core.receipt import WeightRecord
 from shardmill.core.recipe import Recipe, parse_recipe
 from shardmill.core.statistics import Statistics
@@ -39,6 +40,8 @@ class TensorDecision:
     reason: str
     scheme: str = ""
     """Label of its scheme; empty for none."""
+    outputs: tuple[str, ...] = ()
+    """What it became, where that is neither a copy nor a quantized weight."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +57,11 @@ class ManifestShard:
     """Of the source shard."""
     weights: tuple[WeightRecord, ...]
     """Quantized weights in the output shard."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether its tensors are all parts of weights in other shards, so that no index names it."""
+        return bool(self.tensors) and all(tensor.action == PART for tensor in self.tensors)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +179,7 @@ def _decision(raw: Any) -> TensorDecision:
         action=_text(raw["action"]),
         reason=_text(raw["reason"]),
         scheme=_text(raw.get("scheme", "")),
+        outputs=_each(raw.get("outputs", []), _text),
     )
 
 

@@ -15,6 +15,7 @@ from math import prod
 from typing import Any, Final, NamedTuple
 
 from shardmill.core.digest import STAGE_VERSIONS, canonical_json, digest_json
+from shardmill.core.encoding import Decode, TensorRef
 from shardmill.core.experts import HALVES, parse_stack
 from shardmill.core.header import ShardHeader, TensorSpec, text_bytes
 from shardmill.core.index import CheckpointIndex
@@ -38,6 +39,14 @@ COPY: Final = "copy"
 QUANTIZE: Final = "quantize"
 SPLIT: Final = "split"
 """A fused expert stack becomes one tensor (or one quantized weight) per expert and projection."""
+DEQUANTIZE: Final = "dequantize"
+"""A weight that is quantized already becomes BF16."""
+PART: Final = "part"
+"""A tensor that is read with the codes that it belongs to; nothing of its own is written."""
+DECODED: Final = "F32"
+"""Dtype in which decoded values are quantized, without another rounding."""
+PLAIN: Final = "BF16"
+"""Dtype to which they are rounded where nothing quantizes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +84,6 @@ class Checkpoint:
         return parsed if isinstance(parsed, dict) else {}
 
 
-class TensorRef(NamedTuple):
-    """A tensor of some shard: what is needed to read it."""
-
-    shard: str
-    data_start: int
-    spec: TensorSpec
-
-
 class TensorPlan(NamedTuple):
     """The decision for one source tensor."""
 
@@ -95,6 +96,8 @@ class TensorPlan(NamedTuple):
     """Layout of a fused expert stack that is split."""
     fused: tuple[TensorRef, ...] = ()
     """All members of its fused set, itself included, when they share a global scale."""
+    decode: Decode | None = None
+    """Where it holds codes: what its values are made of."""
 
 
 class ShardSizes(NamedTuple):
@@ -142,17 +145,19 @@ class ShardPlan:
 
         Takes a shard without problems: a tensor that cannot be treated as decided has no output.
         """
-        kinds: dict[tuple[int, str, tuple[int, ...]], _Alike] = {}
+        kinds: dict[tuple[Any, ...], _Alike] = {}
         single: list[_Alike] = []
         patterns: list[Pattern] = []
         for tensor in self.tensors:
-            (name, dtype, shape, _, _), action, _, scheme, _, _ = tensor
+            (name, dtype, shape, _, _), action, _, scheme, _, _, decode = tensor
+            if action == PART:
+                continue
             if action == SPLIT or name == _BARE_WEIGHT:
                 alike = [_Alike(unit, [], pattern_of(unit.outputs)) for unit in self.units_of(tensor)]
                 single += alike
                 patterns += [entry.pattern for entry in alike]
                 continue
-            kind = (scheme, dtype, shape)
+            kind = (scheme, dtype, shape, decode.kind if decode else None)
             found = kinds.get(kind)
             if found is None:
                 unit = next(self.units_of(tensor))
@@ -163,9 +168,16 @@ class ShardPlan:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Shards that are read: its own, then those of fused partners."""
-        partners = (ref.shard for tensor in self.tensors for ref in tensor.fused)
-        return tuple(dict.fromkeys((self.name, *partners)))
+        """Shards that are read: its own, then those of fused partners and of what codes go with."""
+        return tuple(dict.fromkeys((self.name, *(ref.shard for ref in self.refs()))))
+
+    def refs(self) -> Iterator[TensorRef]:
+        """Every tensor that is read beside its own: fused partners, and scales and the like wherever they lie."""
+        for tensor in self.tensors:
+            for ref in tensor.fused:
+                yield from [part for _, part in ref.decode.parts] if ref.decode else [ref]
+            if tensor.decode is not None:
+                yield from [part for _, part in tensor.decode.parts]
 
     @property
     def quantized_tensors(self) -> int:
@@ -183,7 +195,10 @@ class ShardPlan:
 
     def outline(self) -> str:
         """Name what was decided about a known source: as telling as `shape` then, and far cheaper."""
-        decisions = [(tensor.spec.name, tensor.action, tensor.scheme, tensor.layout) for tensor in self.tensors]
+        decisions = [
+            (tensor.spec.name, tensor.action, tensor.scheme, tensor.layout, *_decoded(tensor))
+            for tensor in self.tensors
+        ]
         sets = [[ref.spec.name for ref in fused] for fused in dict.fromkeys(tensor.fused for tensor in self.tensors)]
         return digest_json([STAGE_VERSIONS["quantize"], self._schemes_json(), decisions, sets])
 
@@ -224,6 +239,9 @@ class ShardPlan:
         found: list[str] = []
         for tensor in self.tensors:
             spec, fused = tensor.spec, tensor.fused
+            if tensor.decode is not None or any(ref.decode for ref in fused):
+                found.append(canonical_json(_describe(tensor, schemes)).decode())
+                continue
             kind = (spec.dtype, spec.shape, tensor.action, tensor.scheme, tensor.layout)
             if kind not in kinds:
                 kinds[kind] = canonical_json(_describe(tensor, schemes)[1:-1])[1:-1].decode()
@@ -283,7 +301,15 @@ def _describe(tensor: TensorPlan, schemes: Sequence[dict[str, Any]]) -> list[Any
     spec = tensor.spec
     scheme = schemes[tensor.scheme] if tensor.scheme >= 0 else None
     fused = _describe_fused(tensor.fused)
-    return [spec.name, spec.dtype, list(spec.shape), tensor.action, scheme, tensor.layout, fused]
+    return [spec.name, spec.dtype, list(spec.shape), tensor.action, scheme, tensor.layout, fused, *_decoded(tensor)]
+
+
+def _decoded(tensor: TensorPlan) -> list[Any]:
+    """What its values are made of, and how; nothing for a tensor that holds values."""
+    if tensor.decode is None and not any(ref.decode for ref in tensor.fused):
+        return []
+    partners = [ref.decode.describe() if ref.decode else None for ref in tensor.fused]
+    return [tensor.decode.describe() if tensor.decode else None, partners]
 
 
 def _ref_text(name: str, dtype: str, shape: tuple[int, ...]) -> str:
@@ -297,6 +323,14 @@ def _shape_text(shape: tuple[int, ...]) -> str:
 
 def _describe_fused(fused: Sequence[TensorRef]) -> list[Any]:
     return [[ref.spec.name, ref.spec.dtype, list(ref.spec.shape)] for ref in fused]
+
+
+class KeptGroup(NamedTuple):
+    """Weights that are quantized already and stay so."""
+
+    entry: str
+    """JSON of the group but for its targets."""
+    modules: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -319,6 +353,8 @@ class Plan:
     """`(file, text)` of other files that are written anew."""
     allow_code: bool = False
     """Whether what refers to code is kept in config.json."""
+    kept: tuple[KeptGroup, ...] = ()
+    """Groups of the written config for weights that stay as quantized as they were."""
     source_state: str = ""
     """Names the state of the source's listing when the plan was made; empty where a later write could go unnoticed."""
 
@@ -347,7 +383,11 @@ def units_of(tensor: TensorPlan, schemes: Sequence[Scheme]) -> Iterator[Unit]:
     spec = tensor.spec
     scheme = schemes[tensor.scheme] if tensor.scheme >= 0 else None
     module, _ = split_name(spec.name)
-    if tensor.action == COPY:
+    if tensor.action == PART:
+        return
+    if tensor.decode is not None:
+        yield from _decoded_units(tensor, tensor.decode, scheme)
+    elif tensor.action == COPY:
         copied = (OutputSpec(spec.name, spec.dtype, spec.shape),)
         yield Unit(tensor=spec, module=module, rows=1, cols=1, outputs=copied, begin=spec.begin, slab=(1, 1))
     elif tensor.action == QUANTIZE and scheme is not None:
@@ -399,3 +439,54 @@ def _expert_units(tensor: TensorPlan, scheme: Scheme | None) -> Iterator[Unit]:
                 step=step,
                 transposed=transposed,
             )
+
+
+def _decoded_units(tensor: TensorPlan, decode: Decode, scheme: Scheme | None) -> Iterator[Unit]:
+    """Units whose values are decoded; their rows are rows of `decode`."""
+    stack, module = decode.stack, split_name(tensor.spec.name)[0]
+    if scheme is None:
+        yield _decoded_unit(decode, PLAIN, module, (_dequantized(decode, module),), None, range(decode.rows))
+        return
+    if stack is None:
+        outputs = quantized_outputs(module, scheme, decode.rows, decode.cols, DECODED)
+        yield _decoded_unit(decode, DECODED, module, outputs, scheme, range(decode.rows))
+        return
+    halves, height = len(HALVES[stack.leaf]), decode.rows // decode.experts
+    for expert in range(decode.experts):
+        for number, half in enumerate(stack.modules(expert)):
+            rows = range(expert * height + number, (expert + 1) * height, halves)
+            outputs = quantized_outputs(half, scheme, len(rows), decode.cols, DECODED)
+            yield _decoded_unit(decode, DECODED, half, outputs, scheme, rows)
+
+
+def _dequantized(decode: Decode, module: str) -> OutputSpec:
+    """What a weight becomes that nothing quantizes; experts are transposed, as models hold them."""
+    stack = decode.stack
+    if stack is None:
+        return OutputSpec(f"{module}.weight" if module else "weight", PLAIN, (decode.rows, decode.cols))
+    shape = (decode.experts, decode.cols, decode.rows // decode.experts)
+    return OutputSpec(f"{stack.prefix}.{stack.leaf}", PLAIN, shape)
+
+
+def _decoded_unit(
+    decode: Decode,
+    dtype: str,
+    module: str,
+    outputs: tuple[OutputSpec, ...],
+    scheme: Scheme | None,
+    rows: range,
+) -> Unit:
+    spec = decode.virtual(dtype)
+    return Unit(
+        tensor=spec,
+        module=module,
+        rows=len(rows),
+        cols=decode.cols,
+        outputs=outputs,
+        scheme=scheme,
+        begin=spec.begin,
+        slab=(decode.rows, decode.cols),
+        first=rows.start,
+        step=rows.step,
+        decode=decode,
+    )

@@ -5,19 +5,20 @@ Names and numbers in, a value out; nothing is opened and nothing is raised.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from shardmill.core.architectures import loaded_names, past_last_layer, runtime_heads, transposed_leaves
 from shardmill.core.assemble import planned_groups, quantization_config, with_quantization
 from shardmill.core.dtypes import CODES, COMPUTABLE
+from shardmill.core.encoding import Decode, TensorRef
 from shardmill.core.experts import Sizes, Stack, choose_layout, parse_stack, read_sizes
 from shardmill.core.findings import check_copies, check_partners
-from shardmill.core.foreign import levels
 from shardmill.core.fused import TABLE, FusedTable, fused_leaves, may_fuse
 from shardmill.core.header import TensorSpec
 from shardmill.core.kv_cache import check_kv_scales
@@ -26,19 +27,24 @@ from shardmill.core.matching import Matcher, PatternSet, split_name, templates
 from shardmill.core.nonfinite import VALUES_UNKNOWN, Kept
 from shardmill.core.plan import (
     COPY,
+    DEQUANTIZE,
+    PART,
+    PLAIN,
     QUANTIZE,
     SPLIT,
     Checkpoint,
+    KeptGroup,
     Plan,
     ShardPlan,
     SourceShard,
     TensorPlan,
-    TensorRef,
 )
 from shardmill.core.recipe import Recipe
+from shardmill.core.recode import can_recode, natural_scheme
 from shardmill.core.resolve import check_resolution
 from shardmill.core.roles import MTP, Role, has_digit_word, role_named, role_of
-from shardmill.core.scheme import Scheme
+from shardmill.core.scheme import Scheme, group_entry
+from shardmill.core.sources import Sources, recognise
 from shardmill.core.targets import dense_spellings
 from shardmill.errors import Problem, show
 
@@ -120,6 +126,7 @@ class _Decision(NamedTuple):
     by_role: bool = False
     fused_at: int = 0
     """Characters of leaf and param where engines may fuse the module with others; 0 where they never do."""
+    decode: Decode | None = None
 
 
 _Kind = tuple[object, ...]
@@ -153,6 +160,14 @@ class _Planner:
     """`(shard, tensor)` of what would be quantized and is stored `[in, out]`."""
     split: dict[Stack, str] = field(default_factory=dict)
     """Tensor by the stack that its name stands for: with and without `.weight` are the same."""
+    sources: Sources = field(default_factory=Sources)
+    """What is quantized already."""
+    encoded: dict[str, _Decision] = field(default_factory=dict)
+    """Decisions about it by name of the tensor with the codes."""
+    stay: dict[str, list[str]] = field(default_factory=dict)
+    """Modules that keep their codes by the JSON of their group in the written config."""
+    schemes: list[Scheme] = field(default_factory=list)
+    """Of the recipe's groups, and then those in which codes are written that stay."""
 
     def decide_all(self, shard: SourceShard) -> list[_Decision]:
         """Choose what happens to every tensor of a shard, and why.
@@ -171,13 +186,8 @@ class _Planner:
                 kind = (*kind, self.roles.mark(split_name(spec.name)[0]))
             if has_digit_word(template):
                 kind = (*kind, spec.name)
-            decision = self.known.get(kind)
-            if decision is None:
-                stack = parse_stack(spec.name, spec.shape)
-                if stack is None:
-                    decision = self.known[kind] = self._decide(spec)
-                else:
-                    decision = self._decide_stack(spec, stack, shard.name)
+            encoded = self._decide_encoded(spec) if self.sources.weights else None
+            decision = encoded or self.known.get(kind) or self._decide_anew(spec, kind, shard.name)
             if spec.name in self.kept and decision.action != COPY:
                 decision = self._keep(spec, decision)
             if decision.action == QUANTIZE and self._is_transposed(spec.name):
@@ -187,8 +197,66 @@ class _Planner:
             found.append(decision)
         return found
 
+    def _decide_anew(self, spec: TensorSpec, kind: _Kind, shard: str) -> _Decision:
+        stack = parse_stack(spec.name, spec.shape)
+        if stack is not None:
+            return self._decide_stack(spec, stack, shard)
+        self.known[kind] = self._decide(spec)
+        return self.known[kind]
+
     def _is_transposed(self, name: str) -> bool:
         return bool(self.transposed_leaves) and split_name(split_name(name)[0])[1] in self.transposed_leaves
+
+    def _decide_encoded(self, spec: TensorSpec) -> _Decision | None:
+        """Choose for a tensor that is part of a weight which is quantized already; None for any other."""
+        codes = self.sources.parts.get(spec.name, spec.name)
+        decode = self.sources.weights.get(codes)
+        if decode is None:
+            return None
+        if codes not in self.encoded:
+            first = decode.parts[0][1]
+            self.encoded[codes] = self._decide_codes(first.spec, decode, first.shard)
+        found = self.encoded[codes]
+        if spec.name == codes:
+            return found
+        if found.action == COPY:
+            return _Decision(COPY, f"stays with {show(codes)}")
+        return _Decision(PART, f"read with {show(codes)}")
+
+    def _decide_codes(self, spec: TensorSpec, decode: Decode, shard: str) -> _Decision:
+        """Choose for a weight that is quantized already, under the name of its codes."""
+        module = split_name(spec.name)[0]
+        if decode.stack is not None:
+            found = self._decide_stack(spec, decode.stack, shard)
+        else:
+            found = self._decide_weight(decode.virtual(PLAIN), module, self._resolve(module))
+        if found.action != COPY:
+            stays = found.group >= 0 and can_recode(decode, self.schemes[found.group])
+            origin = f"from {decode.format}{', whose codes are kept' if stays else ''}"
+            return found._replace(reason=f"{found.reason}; {origin}", decode=decode)
+        if self.recipe.dequantize:
+            return found._replace(action=DEQUANTIZE, reason=f"{decode.format} becomes {PLAIN}", decode=decode)
+        if decode.scheme >= 0:
+            self.stay.setdefault(self.sources.groups[decode.scheme], []).append(module)
+            return found._replace(reason=f"{found.reason}; stays {decode.format}", is_dense=False)
+        scheme = natural_scheme(decode)
+        if scheme is not None:
+            self.stay.setdefault(json.dumps(group_entry(scheme)), []).append(module)
+            if scheme not in self.schemes:
+                self.schemes.append(scheme)
+            return found._replace(
+                action=QUANTIZE,
+                reason=f"{found.reason}; stays {decode.format}, as {scheme.format}",
+                group=self.schemes.index(scheme),
+                is_dense=False,
+                decode=replace(decode, stays=True),
+            )
+        reason = f"{found.reason}; {decode.format} becomes {PLAIN}"
+        return found._replace(action=DEQUANTIZE, reason=reason, decode=decode)
+
+    def kept_groups(self) -> tuple[KeptGroup, ...]:
+        """Groups of the written config for modules that keep their codes, with explicit names."""
+        return tuple(KeptGroup(entry, tuple(sorted(modules))) for entry, modules in sorted(self.stay.items()))
 
     def _keep(self, spec: TensorSpec, decision: _Decision) -> _Decision:
         """Copy a tensor that would be quantized or split; its modules stay dense."""
@@ -218,7 +286,7 @@ class _Planner:
                 group, reason = -1, f"group_size {size} does not divide {spec.shape[1]}"
         fused_at = 0
         if len(spec.shape) == 2 and may_fuse(templates([module])[0], self.table):
-            fused_at = len(module.rpartition(".")[2]) + len(".weight")
+            fused_at = len(spec.name) - len(module.rpartition(".")[0]) - bool(module.rpartition(".")[0])
             self.fused_groups.add(group)
         return _Decision(
             action=COPY if group < 0 else QUANTIZE,
@@ -231,6 +299,8 @@ class _Planner:
 
     def _resolve(self, module: str) -> _Choice:
         """Choose by name alone; notes every pattern that matches."""
+        if self.recipe.dequantize:
+            return _Choice(-1, "nothing is quantized")
         ignored = self.matcher.ignored_by(module)
         target = self.matcher.target_of(module)
         if ignored is not None:
@@ -291,13 +361,16 @@ class _Planner:
         self.problems.append(Problem(file=shard, tensor=spec.name, kind=kind, message=message, way_out=way_out))
 
 
-def build_plan(checkpoint: Checkpoint, recipe: Recipe, kept: Kept | None = None) -> Plan:
+def build_plan(
+    checkpoint: Checkpoint, recipe: Recipe, kept: Kept | None = None, *, sources: Sources | None = None
+) -> Plan:
     """Decide about every tensor of a checkpoint; problems are collected in the plan, never raised.
 
     Checks that need the whole checkpoint are made here; those of single tensors by `checks.check_shard`.
 
     Args:
         kept: what is copied because of its values, where they were looked at; see `nonfinite.keep`.
+        sources: what is quantized already, where that is not to be found out here.
     """
     sizes = read_sizes(checkpoint.config)
     matcher = Matcher.build([g.targets for g in recipe.groups], recipe.ignore)
@@ -311,9 +384,11 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe, kept: Kept | None = None)
         transposed_leaves(sizes.model_types),
     )
     planner.kept = kept.reasons if kept is not None else {}
-    planner.layouts = _stack_layouts(checkpoint, sizes, recipe)
-    schemes = tuple(group.scheme for group in recipe.groups)
+    planner.sources = recognise(checkpoint) if sources is None else sources
+    planner.schemes = [group.scheme for group in recipe.groups]
+    planner.layouts = _stack_layouts(checkpoint, sizes, recipe, planner.sources)
     decided = [planner.decide_all(shard) for shard in checkpoint.shards]
+    schemes = tuple(planner.schemes)
     refs = _share_global_scales(checkpoint, decided, planner, schemes)
     shards = tuple(
         ShardPlan(
@@ -335,9 +410,10 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe, kept: Kept | None = None)
         *_check_index(checkpoint),
         *_check_coverage(planner, shards, heads),
     ]
-    problems += _check_config(checkpoint)
+    problems += _check_config(planner.sources)
     dense = {*planner.linear_modules, *heads, *loaded_names(planner.linear_modules, sizes.model_types)}
-    cautions = [*check_copies(shards), *check_partners(_fusable(checkpoint, decided), planner.table)]
+    known = planner.sources.weights.keys() | planner.sources.parts.keys()
+    cautions = [*check_copies(shards, known), *check_partners(_fusable(checkpoint, decided), planner.table)]
     found = kept.warnings if kept is not None else VALUES_UNKNOWN if recipe.allow_nonfinite else ()
     plan = Plan(
         recipe=recipe,
@@ -349,6 +425,7 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe, kept: Kept | None = None)
         left_out=checkpoint.left_out,
         rewritten=checkpoint.rewritten,
         allow_code=checkpoint.intake.allow_code,
+        kept=planner.kept_groups(),
         ignore=_dense_modules(dense_spellings(dense), shards),
         problems=tuple(sorted(set(problems))),
         warnings=tuple(sorted({*checkpoint.warnings, *planner.warnings, *_partial_blocks(shards), *cautions, *found})),
@@ -406,7 +483,9 @@ def _tensor_plans(
     shard: SourceShard, decisions: Iterable[_Decision], refs: Mapping[str, tuple[TensorRef, ...]]
 ) -> tuple[TensorPlan, ...]:
     rows = zip(shard.header.tensors, decisions, strict=True)
-    return tuple([TensorPlan(spec, d.action, d.reason, d.group, d.layout, refs.get(spec.name, ())) for spec, d in rows])
+    return tuple(
+        [TensorPlan(spec, d.action, d.reason, d.group, d.layout, refs.get(spec.name, ()), d.decode) for spec, d in rows]
+    )
 
 
 def _dense_modules(modules: set[str], shards: Iterable[ShardPlan]) -> tuple[str, ...]:
@@ -415,7 +494,12 @@ def _dense_modules(modules: set[str], shards: Iterable[ShardPlan]) -> tuple[str,
     The names of a split stack's experts never collide with modules that stay dense.
     """
     weights = {name for module in modules for name in ([f"{module}.weight"] if module else ["weight", ".weight"])}
-    found = [t.spec.name for s in shards for t in s.tensors if t.action == QUANTIZE and t.spec.name in weights]
+    found = [
+        t.spec.name
+        for s in shards
+        for t in s.tensors
+        if t.action == QUANTIZE and (t.spec.name in weights or t.decode is not None)
+    ]
     return tuple(sorted(modules.difference(split_name(name)[0] for name in found)))
 
 
@@ -447,14 +531,16 @@ def _partial_blocks(shards: Iterable[ShardPlan]) -> list[Problem]:
     ]
 
 
-def _stack_layouts(checkpoint: Checkpoint, sizes: Sizes, recipe: Recipe) -> dict[str, str | None]:
+def _stack_layouts(checkpoint: Checkpoint, sizes: Sizes, recipe: Recipe, sources: Sources) -> dict[str, str | None]:
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for shard in checkpoint.shards:
         for spec in [spec for spec in shard.header.tensors if len(spec.shape) == 3]:
             stack = parse_stack(spec.name, spec.shape)
             if stack is not None:
                 shapes.setdefault(stack.prefix, {})[stack.leaf] = spec.shape
-    return {prefix: recipe.expert_layout or choose_layout(found, sizes) for prefix, found in shapes.items()}
+    found = {prefix: recipe.expert_layout or choose_layout(found, sizes) for prefix, found in shapes.items()}
+    stacks = {decode.stack.prefix for decode in sources.weights.values() if decode.stack is not None}
+    return found | dict.fromkeys(stacks, "interleaved")  # as every checkpoint in blocks is
 
 
 _Row = tuple[SourceShard, TensorSpec, _Decision]
@@ -473,7 +559,13 @@ def _share_global_scales(
         if len(groups) > 1:
             _check_fused(members, planner)
         for group in groups & scaled:
-            refs = tuple([TensorRef(s.name, s.header.data_start, spec) for s, spec, d in members if d.group == group])
+            refs = tuple(
+                [
+                    TensorRef(s.name, s.header.data_start, spec, d.decode)
+                    for s, spec, d in members
+                    if d.group == group and not (d.decode and d.decode.stays)
+                ]
+            )
             if len(refs) > 1:
                 for ref in refs:
                     shared[ref.spec.name] = refs
@@ -501,7 +593,7 @@ def _fusable(checkpoint: Checkpoint, decided: Sequence[Sequence[_Decision]]) -> 
     for shard, decisions in zip(checkpoint.shards, decided, strict=True):
         for spec, decision in zip(shard.header.tensors, decisions, strict=True):
             if decision.fused_at:
-                yield shard.name, spec.name.removesuffix(".weight")
+                yield shard.name, split_name(spec.name)[0]
 
 
 @lru_cache(maxsize=4096)
@@ -511,7 +603,7 @@ def _fused_positions(weights: tuple[str, ...], table: FusedTable = TABLE) -> tup
     >>> _fused_positions(("up_proj.weight", "down_proj.weight", "gate_proj.weight"))
     ((2, 0),)
     """
-    at = {weight.removesuffix(".weight"): position for position, weight in enumerate(weights)}
+    at = {split_name(weight)[0]: position for position, weight in enumerate(weights)}
     return tuple(tuple(at[leaf] for leaf in leaves) for leaves in fused_leaves(tuple(sorted(at)), table))
 
 
@@ -570,9 +662,6 @@ def _is_agreed(checkpoint: Checkpoint) -> bool:
     return count == len(place_of)
 
 
-_QUANTIZATION: Final = ("quantization_config", "compression_config")
-
-
 def _check_coverage(planner: _Planner, shards: Iterable[ShardPlan], heads: Sequence[str]) -> list[Problem]:
     problems = [
         Problem(
@@ -583,20 +672,21 @@ def _check_coverage(planner: _Planner, shards: Iterable[ShardPlan], heads: Seque
         for where, pattern in planner.matcher.unmatched()
         if pattern not in heads
     ]
-    if not any(tensor.scheme >= 0 for shard in shards for tensor in shard.tensors):
+    if planner.recipe.dequantize:
+        if not planner.sources.weights and not planner.sources.problems:
+            message = "no weight of this checkpoint is quantized"
+            problems.append(Problem(kind="nothing-matched", message=message, way_out="use it as it is"))
+        return problems
+    asked = range(len(planner.recipe.groups))
+    if not any(tensor.scheme in asked for shard in shards for tensor in shard.tensors):
         problems.append(Problem(kind="nothing-matched", message="the recipe quantizes no tensor of this checkpoint"))
     return problems
 
 
-def _check_config(checkpoint: Checkpoint) -> list[Problem]:
-    if any(level.get(key) for level in levels(checkpoint.config) for key in _QUANTIZATION):
-        message = "the source has a quantization_config: it is quantized already"
-        return [
-            Problem(
-                file="config.json",
-                kind="already-quantized",
-                message=message,
-                way_out="start from the unquantized checkpoint",
-            )
-        ]
-    return []
+def _check_config(sources: Sources) -> list[Problem]:
+    """What is odd about the quantization of the source, and a claim of one where no weight has any."""
+    if sources.problems or sources.weights or not sources.is_claimed:
+        return list(sources.problems)
+    message = "the source has a quantization_config, and no weight in a format that is read"
+    way_out = "start from the unquantized checkpoint, or remove that section if it is one"
+    return [Problem(file="config.json", kind="already-quantized", message=message, way_out=way_out)]

@@ -51,6 +51,8 @@ class Recipe:
     """What is changed of the table that holds for the architecture."""
     kv_cache: bool = False
     """Whether the written config tells engines to quantize their cache to FP8, with the scales of the source."""
+    dequantize: bool = False
+    """Whether every weight that is quantized already becomes BF16. Then nothing is quantized, and there is no group."""
 
     @property
     def fused_table(self) -> FusedTable:
@@ -58,7 +60,9 @@ class Recipe:
         return _fused_table(self.architecture.fused_add, self.architecture.fused_off)
 
     def __post_init__(self) -> None:
-        if not self.groups:
+        if self.dequantize and (self.groups or self.ignore):
+            raise _invalid("`dequantize` quantizes nothing", "leave out scheme, groups and ignore, or `dequantize`")
+        if not self.groups and not self.dequantize:
             raise _invalid("a recipe needs at least one group or a scheme")
         if self.expert_layout not in (None, *EXPERT_LAYOUTS):
             raise _invalid(
@@ -95,6 +99,15 @@ def _patterns(value: Any, subject: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(value))
 
 
+def dequantizing() -> Recipe:
+    """The recipe that turns a quantized checkpoint into a plain one.
+
+    >>> dequantizing().groups
+    ()
+    """
+    return Recipe(groups=(), dequantize=True)
+
+
 def uniform(scheme: str | Mapping[str, Any] | Scheme, ignore: str | Sequence[str] = (), **options: Any) -> Recipe:
     """Build a recipe with one scheme for every quantizable weight."""
     parsed = scheme if isinstance(scheme, Scheme) else parse_scheme(scheme)
@@ -126,6 +139,7 @@ _FIELDS: Final = frozenset(
         "architecture",
         "kv_cache",
         "search",
+        "dequantize",
     }
 )
 _OVERRIDES: Final = ("roles_off", "roles_add", "fused_add", "fused_off", "heads")
@@ -148,19 +162,32 @@ def parse_recipe(data: Any) -> Recipe:
     unknown = sorted(set(map(str, data)) - _FIELDS)
     if unknown:
         raise _invalid(f"unknown fields: {', '.join(map(show, unknown))}", f"known: {', '.join(sorted(_FIELDS))}")
-    if ("groups" in data) == ("scheme" in data):
+    is_given = "groups" in data or "scheme" in data
+    if ("groups" in data) == ("scheme" in data) and (is_given or data.get("dequantize") is not True):
         raise _invalid("give either `scheme` or `groups`")
     entries = (
-        data["groups"] if "groups" in data else [{k: data[k] for k in ("scheme", "group_size", "targets") if k in data}]
+        []
+        if not is_given
+        else data["groups"]
+        if "groups" in data
+        else [{k: data[k] for k in ("scheme", "group_size", "targets") if k in data}]
     )
     if not isinstance(entries, Sequence) or isinstance(entries, str):
         raise _invalid("groups must be a list")
     options = {
         name: data[name]
-        for name in ("default_ignores", "indivisible", "partial_fused", "expert_layout", "allow_nonfinite", "kv_cache")
+        for name in (
+            "default_ignores",
+            "indivisible",
+            "partial_fused",
+            "expert_layout",
+            "allow_nonfinite",
+            "kv_cache",
+            "dequantize",
+        )
         if name in data
     }
-    for name in ("default_ignores", "partial_fused", "allow_nonfinite", "kv_cache"):
+    for name in ("default_ignores", "partial_fused", "allow_nonfinite", "kv_cache", "dequantize"):
         if not isinstance(options.get(name, True), bool):
             raise _invalid(f"{name} must be true or false, found {options[name]!r}")
     return Recipe(
@@ -220,6 +247,7 @@ def recipe_to_json(recipe: Recipe) -> dict[str, Any]:
     True
     """
     changed = {name: value for name in _OVERRIDES if (value := _listed(getattr(recipe.architecture, name)))}
+    later = {name: True for name in ("allow_nonfinite", "kv_cache", "dequantize") if getattr(recipe, name)}
     return {
         "groups": [{"targets": list(g.targets), "scheme": scheme_to_json(g.scheme)} for g in recipe.groups],
         "ignore": list(recipe.ignore),
@@ -227,11 +255,8 @@ def recipe_to_json(recipe: Recipe) -> dict[str, Any]:
         "indivisible": recipe.indivisible,
         "partial_fused": recipe.partial_fused,
         "expert_layout": recipe.expert_layout,
-        # left out where they say nothing, as manifests were before they existed
-        **({"allow_nonfinite": True} if recipe.allow_nonfinite else {}),
         **({"architecture": changed} if changed else {}),
-        **({"kv_cache": True} if recipe.kv_cache else {}),
-    }
+    } | later  # so manifests are as they were before those existed
 
 
 def _listed(value: tuple[Any, ...]) -> list[Any]:

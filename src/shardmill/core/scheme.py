@@ -452,6 +452,18 @@ def search_to_json(scheme: Scheme) -> dict[str, Any]:
     return {} if scheme.search is None else {"search": scheme.search.to_json()}
 
 
+def group_entry(scheme: Scheme) -> dict[str, Any]:
+    """Describe a scheme as a group of `config_groups`, but for its targets.
+
+    >>> group_entry(preset("W8A8"))["format"]
+    'int-quantized'
+    """
+    fields = scheme_to_json(scheme)
+    for own in ("preset", "search"):  # ours, and nothing that a loader knows
+        fields.pop(own, None)
+    return {**fields, "output_activations": None, "format": scheme.format}
+
+
 def weight_args_to_json(args: WeightArgs) -> dict[str, Any]:
     """Describe weight arguments with compressed-tensors' field names."""
     return {

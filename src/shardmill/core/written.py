@@ -64,6 +64,10 @@ class WrittenConfig:
         return self.groups[target.group] if target else None
 
 
+PLAIN_CONFIG: Final = WrittenConfig(groups=(), matcher=Matcher.build([], []), problems=())
+"""Of a checkpoint that is meant to be dense."""
+
+
 @dataclass(frozen=True, slots=True)
 class Located:
     """A tensor and the shard that holds it."""
@@ -380,7 +384,7 @@ def check_manifest(manifest: Manifest, shards: Iterable[SourceShard], *, is_comp
                 Problem(file=entry.name, tensor=name, kind="manifest-disagrees", message=message)
                 for name, message in _accounts(entry, names)
             ]
-        elif is_complete:
+        elif is_complete and not entry.is_empty:
             message = "the manifest names this shard, the index does not"
             problems.append(Problem(file=entry.name, kind="shard-missing", message=message))
     return problems
@@ -388,6 +392,7 @@ def check_manifest(manifest: Manifest, shards: Iterable[SourceShard], *, is_comp
 
 def _accounts(entry: ManifestShard, names: set[str]) -> Iterator[tuple[str, str]]:
     copied = {tensor.name for tensor in entry.tensors if tensor.action == COPY}
+    copied |= {name for tensor in entry.tensors for name in tensor.outputs}
     modules = {weight.module for weight in entry.weights}
     split = tuple(
         f"{tensor.name.rpartition('.experts.')[0]}.experts."

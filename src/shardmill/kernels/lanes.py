@@ -19,7 +19,7 @@ import numpy as np
 
 from shardmill.core.dtypes import BITS, scale_dtype_for
 from shardmill.core.layout import row_alignment
-from shardmill.core.plan import ShardPlan
+from shardmill.core.plan import DECODED, ShardPlan
 from shardmill.core.scheme import Scheme
 from shardmill.core.statistics import Extent, Statistics
 from shardmill.errors import DeviceExhausted, show
@@ -70,6 +70,8 @@ class EncodedBlock:
     statistics: Statistics
     finite: bool
     """Whether every weight was finite as float32. If not, all else is unspecified."""
+    global_scale: memoryview | None = None
+    """Where it does not follow from the extent."""
 
 
 class Lane(Protocol):
@@ -314,7 +316,11 @@ def needs_torch(shard: ShardPlan, device: str) -> bool:
         raise ValueError(f"{KERNELS_VARIABLE} must be `cpu` or `reference`, found {forced!r}")
     if forced == "reference":
         return True
-    wanted = {(shard.schemes[tensor.scheme], tensor.spec.dtype) for tensor in shard.tensors if tensor.scheme >= 0}
+    wanted = {
+        (shard.schemes[tensor.scheme], DECODED if tensor.decode else tensor.spec.dtype)
+        for tensor in shard.tensors
+        if tensor.scheme >= 0
+    }
     fits = device == "cpu" and all(cpu.supports(scheme.weights, scheme.format, dtype) for scheme, dtype in wanted)
     found = fits and cpu.is_available()
     if forced and not found:

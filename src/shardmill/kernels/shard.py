@@ -13,7 +13,7 @@ from __future__ import annotations
 import struct
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import IO, Final
@@ -25,8 +25,10 @@ from shardmill.core.receipt import NonFinite, WeightRecord
 from shardmill.core.statistics import Extent, Statistics
 from shardmill.errors import Interrupted, NonFiniteWeight
 from shardmill.kernels.crew import Crew, crew_of
+from shardmill.kernels.decode import Stored
 from shardmill.kernels.lanes import EncodedBlock, Lane, needs_torch
-from shardmill.kernels.pieces import Copies, Copy, Encode, Measure, Piece, Slab, Twice, cut
+from shardmill.kernels.pieces import Copies, Copy, Decoding, Encode, Gauge, Measure, Piece, Slab, SlabBlock, Twice, cut
+from shardmill.kernels.recode import Traits
 from shardmill.kernels.scan import index_of
 
 WriteChunk = Callable[[memoryview], None]
@@ -183,8 +185,10 @@ class _Output:
         statistics = self._statistics
         self._statistics = block.statistics if statistics is None else statistics.merge(block.statistics)
         if is_last:
+            own = block.global_scale
+            shared = whole if own is None else lambda: own
             for spec in rest:
-                self.held[spec.name] = self._finished(spec, unit, whole)
+                self.held[spec.name] = self._finished(spec, unit, shared)
             self._record(unit)
             self._end()
 
@@ -276,6 +280,8 @@ class _Encoding:
     waiting: dict[int, _Result] = field(default_factory=dict)
     """Finished pieces whose turn to be written has not come, by number."""
     extents: dict[str, Extent] = field(default_factory=dict)
+    traits: dict[str, Traits] = field(default_factory=dict)
+    """What of scales decides whether codes can stay, by the same key."""
     missing: dict[str, int] = field(default_factory=dict)
     """Pieces that an extent still lacks."""
     is_writing: bool = False
@@ -315,7 +321,7 @@ class _Encoding:
             self.is_over = True
             self.changed.notify_all()
 
-    def _take(self, lane: Lane) -> tuple[int, Piece, memoryview] | None:
+    def _take(self, lane: Lane) -> tuple[int, Piece, memoryview | Stored] | None:
         """The next piece and its source bytes; reading is in order because the lock is held."""
         if self.is_over or self.put_off is not None:
             return None
@@ -325,15 +331,22 @@ class _Encoding:
         if piece is None or not self.crew.window.book(piece.held_bytes, lambda: self.is_over):
             return None
         with self._booked_until_failure(piece):
-            if isinstance(piece, Measure):
+            if isinstance(piece, Measure | Gauge):
                 with self.changed:
                     self.missing[piece.key] = self.missing.get(piece.key, 0) + 1
-            data = lane.staging(piece.span.length)
-            if piece.span.length:
-                self.read(piece.span.shard, piece.span.begin, data)
+            data = self._fetch(piece, lane)
         number = self.taken
         self.taken += 1
         return number, piece, data
+
+    def _fetch(self, piece: Piece, lane: Lane) -> memoryview | Stored:
+        """What a piece is made of."""
+        if isinstance(piece, Gauge | Decoding):
+            return piece.fetch(self.read)
+        data = lane.staging(piece.span.length)
+        if piece.span.length:
+            self.read(piece.span.shard, piece.span.begin, data)
+        return data
 
     def _next_piece(self) -> Piece | None:
         """The next piece; None when there is none, or while what comes twice is put off."""
@@ -365,23 +378,47 @@ class _Encoding:
 
         return write
 
-    def _work(self, piece: Piece, lane: Lane, data: memoryview) -> Callable[[], None]:
+    def _work(self, piece: Piece, lane: Lane, data: memoryview | Stored) -> Callable[[], None]:
         """Do the arithmetic of a piece; returns what writes its result. A bad weight raises there, in its turn."""
         try:
-            if isinstance(piece, Copy):
-                found = self._look_at(piece.unit, lane, data)
-                return lambda: self.output.put(piece.unit, data, found, is_last=piece.is_last)
-            if isinstance(piece, Copies):
-                return self._copy_all(piece, lane, data)
-            if isinstance(piece, Measure):
-                self._merge(piece.key, piece.work(lane, data))
-                return _nothing
-            if isinstance(piece, Encode):
-                return self._encode(piece, lane, data)
-            return self._encode_slab(piece, lane, data)
+            if isinstance(data, Stored):
+                return self._decode(piece, lane, data)
+            return self._work_on_bytes(piece, lane, data)
         except NonFiniteWeight as error:
             self._give_up()
             return _raiser(error)
+
+    def _work_on_bytes(self, piece: Piece, lane: Lane, data: memoryview) -> Callable[[], None]:
+        if isinstance(piece, Copy):
+            found = self._look_at(piece.unit, lane, data)
+            return lambda: self.output.put(piece.unit, data, found, is_last=piece.is_last)
+        if isinstance(piece, Copies):
+            return self._copy_all(piece, lane, data)
+        if isinstance(piece, Measure):
+            self._merge(piece.key, piece.work(lane, data))
+            return _nothing
+        if isinstance(piece, Encode):
+            return self._encode(piece, lane, data)
+        if isinstance(piece, Slab):
+            return self._encode_slab(piece, lane, data)
+        raise TypeError(f"{piece} reads more than bytes")
+
+    def _decode(self, piece: Piece, lane: Lane, stored: Stored) -> Callable[[], None]:
+        if isinstance(piece, Gauge):
+            extent = piece.work(lane, stored, self.crew.block)
+            traits = Traits.of(piece.decode, stored, piece.rows)
+            with self.changed:
+                self.traits[piece.key] = self.traits.get(piece.key, Traits()).merge(traits)
+            self._merge(piece.key, extent)
+            return _nothing
+        if not isinstance(piece, Decoding):
+            raise TypeError(f"{piece} reads plain bytes")
+        whole = None if piece.key is None else self._extent(piece.key)
+        if piece.key is not None and whole is None:
+            return _nothing  # a piece before this one fails the job
+        traits = self.traits.get(piece.key or "", Traits())
+        blocks = piece.work(lane, stored, whole, traits, self.crew.block)
+        return self._writes(blocks, {}, lane, whole or Extent())
 
     def _look_at(self, number: int, lane: Lane, data: memoryview) -> tuple[int, int] | None:
         """NaN and Inf in bytes that are copied; they are told and kept."""
@@ -414,13 +451,17 @@ class _Encoding:
     def _encode_slab(self, piece: Slab, lane: Lane, data: memoryview) -> Callable[[], None]:
         whole, blocks = piece.work(lane, data, self.crew.block)
         copied = {n: self._look_at(n, lane, block) for n, _, block in blocks if not isinstance(block, EncodedBlock)}
+        return self._writes(blocks, copied, lane, whole)
 
+    def _writes(
+        self, blocks: Sequence[SlabBlock], looked: Mapping[int, tuple[int, int] | None], lane: Lane, whole: Extent
+    ) -> Callable[[], None]:
         def write() -> None:
             for number, is_last, block in blocks:
                 if isinstance(block, EncodedBlock):
                     self.output.put_block(number, block, lambda: lane.global_scale(whole), is_last=is_last)
                 else:
-                    self.output.put(number, block, copied[number], is_last=is_last)
+                    self.output.put(number, block, looked.get(number), is_last=is_last)
 
         return write
 

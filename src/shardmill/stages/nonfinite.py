@@ -36,7 +36,7 @@ def find_kept(plan: Plan, source: SourceFolder, store: Store, stop: Callable[[],
 def _scan(shard: ShardPlan, source: SourceFolder, store: Store, stop: Callable[[], bool]) -> list[NonFinite]:
     from shardmill.kernels.scan import scan_tensor  # kernels take long to import, and a hit needs none
 
-    wanted = [tensor.spec for tensor in shard.tensors if tensor.action != COPY and tensor.scheme >= 0]
+    wanted = [t.spec for t in shard.tensors if t.action != COPY and t.scheme >= 0 and t.decode is None]
     if not wanted or find_stored(shard, source, store) is not None:
         return []
     found = []

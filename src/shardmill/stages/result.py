@@ -13,7 +13,7 @@ from shardmill.core.limits import RESULT, Intake
 from shardmill.core.manifest import Manifest, parse_manifest
 from shardmill.core.plan import Checkpoint
 from shardmill.core.strict_json import parse_json
-from shardmill.core.written import Located, WrittenConfig, parse_written_config, quantized_modules
+from shardmill.core.written import PLAIN_CONFIG, Located, WrittenConfig, parse_written_config, quantized_modules
 from shardmill.errors import CheckpointInvalid, Problem
 from shardmill.storage.folder import Reader
 from shardmill.storage.source import SourceFolder, open_source, read_checkpoint
@@ -70,10 +70,11 @@ def read_result(destination: str) -> Result:
         for spec in shard.header.tensors
     }
     manifest, problems = _read_manifest(folder)
+    is_plain = manifest is not None and manifest.recipe.dequantize
     return Result(
         folder=folder,
         checkpoint=checkpoint,
-        config=parse_written_config(checkpoint.config),
+        config=PLAIN_CONFIG if is_plain else parse_written_config(checkpoint.config),
         tensors=tensors,
         modules=quantized_modules(tensors),
         manifest=manifest,

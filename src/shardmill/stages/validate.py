@@ -62,15 +62,14 @@ def check_unchanged(shard: ShardPlan, source: SourceFolder) -> list[Problem]:
 
 
 def _check_partners(shard: ShardPlan, source: SourceFolder) -> list[Problem]:
-    """Problems of fused partners in other shards that are no longer where they were planned."""
+    """Problems of what is read of other shards and is no longer where it was planned."""
     problems: list[Problem] = []
     for name in shard.sources[1:]:
         header = source.read_header(name).header
-        refs = {ref for tensor in shard.tensors for ref in tensor.fused if ref.shard == name}
-        moved = sorted(
-            ref.spec.name for ref in refs if ref.data_start != header.data_start or ref.spec not in header.tensors
-        )
-        message = "a fused partner is no longer where it was planned"
+        refs = {(ref.data_start, ref.spec) for ref in shard.refs() if ref.shard == name}
+        there = frozenset(header.tensors)
+        moved = sorted(spec.name for start, spec in refs if start != header.data_start or spec not in there)
+        message = "a tensor that this shard's weights need is no longer where it was planned"
         problems += [
             Problem(file=name, tensor=t, kind="source-changed", message=message, way_out="run again") for t in moved
         ]

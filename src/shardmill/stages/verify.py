@@ -74,9 +74,10 @@ def _check_unnamed(result: Result, watch: VerifyWatch) -> list[Problem]:
     """Weight files that a loader may take although the index does not name them; other strangers are told of."""
     left_out = dict(result.checkpoint.left_out)
     ours = {name for name, _ in result.manifest.files} if result.manifest is not None else set()
-    weights = [name for name, reason in left_out.items() if reason in (WEIGHTS, PICKLE) and name not in ours]
+    empty = {shard.name for shard in result.manifest.shards if shard.is_empty} if result.manifest is not None else set()
+    weights = [n for n, reason in left_out.items() if reason in (WEIGHTS, PICKLE) and n not in ours | empty]
     if result.manifest is not None:
-        known = {MANIFEST_NAME, *ours, *weights}
+        known = {MANIFEST_NAME, *ours, *weights, *empty}
         others = sorted({*left_out, *result.checkpoint.files} - known)
         if others := [name for name in others if not name.startswith(".")]:
             watch.on_note(f"{len(others)} files that the manifest does not name, the first is {show(others[0])}")
