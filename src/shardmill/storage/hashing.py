@@ -131,7 +131,8 @@ def digest_file(folder: Folder, name: str, algorithm: str) -> Digest:
     Raises:
         SourceChanged: it changed meanwhile.
     """
-    hashed: Any = {"blake3": blake3, "sha256": hashlib.sha256}[algorithm]()
+    new: dict[str, Callable[[], Any]] = {"blake3": blake3, "sha256": hashlib.sha256}
+    hashed = new[algorithm]()
     buffer = memoryview(bytearray(_CHUNK_BYTES))
     with folder.open(name) as reader:
         size = reader.identity.size
