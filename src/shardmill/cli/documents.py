@@ -74,13 +74,10 @@ def report(options: Options, console: Console) -> int:
 def _watch(console: Console) -> VerifyWatch:
     from shardmill.stages.result import VerifyWatch
 
-    return VerifyWatch(
-        on_total=lambda size: _ignore(console.progress("histograms", size)), on_bytes=console.count_bytes
-    )
+    def on_total(size: int) -> None:
+        console.progress("histograms", size)
 
-
-def _ignore(_value: object) -> None:
-    """Take what nobody needs."""
+    return VerifyWatch(on_total=on_total, on_bytes=console.count_bytes)
 
 
 def write_documents(found: Report, options: Options) -> Iterator[str]:
