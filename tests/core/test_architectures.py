@@ -156,6 +156,19 @@ def test_a_recipe_adds_and_drops_fused_sets() -> None:
     assert shared["model.layers.0.x.a_proj.weight"] == 2
 
 
+def test_a_set_of_several_schemes_shares_only_within_one() -> None:
+    recipe = {
+        "groups": [
+            {"scheme": "NVFP4A16", "targets": [r"re:.*q_proj"]},
+            {"scheme": "FP8_DYNAMIC", "targets": [r"re:.*(k|v)_proj"]},
+        ],
+        "partial_fused": True,
+    }
+    plan = plan_of(recipe, llama_table())
+    assert plan.problems == ()
+    assert {len(tensor.fused) for tensor in plan.shards[0].tensors} == {0}
+
+
 def test_a_recipe_names_heads_of_its_own() -> None:
     plan = plan_of({"scheme": "FP8_DYNAMIC", "architecture": {"heads": "my_head"}}, llama_table())
     assert "my_head" in plan.ignore
@@ -317,6 +330,7 @@ def test_the_table_of_a_plan_is_printed_and_in_json() -> None:
     assert document["known"]
     assert [role["on"] for role in document["roles"] if role["name"] == "head"] == [False]
     assert document["layers_past_last"] == [1]
+    assert document["fused"] == [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]
 
 
 def test_without_default_ignores_no_role_holds() -> None:

@@ -80,6 +80,19 @@ def test_the_library_takes_the_exact_name_then_the_alphabet() -> None:
     assert read.library("m.fc", classes=("Embedding",)) is None
 
 
+def test_expressions_are_tried_on_the_class_of_a_layer_too() -> None:
+    assert resolver({"g": ["re:.*ParallelLinear$"]}).vllm(layer_of("m.fc")) == "g"
+
+
+def test_a_class_in_ignore_is_ignored_by_the_library() -> None:
+    assert resolver({"g": ["Linear"]}, ["Linear"]).library("m.fc") is None
+
+
+def test_a_target_of_two_groups_belongs_to_the_last() -> None:
+    read = resolver({"a": ["m.fc", "m.up"], "b": ["m.fc"]})
+    assert (read.library("m.fc"), read.vllm(layer_of("m.fc")), read.library("m.none")) == ("b", "b", None)
+
+
 def test_ignore_beats_every_target_for_every_reader() -> None:
     read = resolver({"g": ["m.fc", "Linear"]}, [r"re:.*fc$"])
     assert (read.first_match("m.fc"), read.library("m.fc"), read.vllm(layer_of("m.fc"))) == (None, None, None)
@@ -108,6 +121,21 @@ def test_a_config_that_one_reader_misreads_is_told() -> None:
     found = check_resolution(section({"x": [r"re:.*proj$"], "y": [r"re:.*o_proj$"]}), {"m.o_proj": "x"}, [])
     assert [problem.message.partition(":")[0] for problem in found] == ["read by compressed-tensors"]
     assert found[0].kind == "config-unresolved"
+
+
+def test_layers_that_vllm_refuses_or_misreads_are_told() -> None:
+    merged = {f"m.{leaf}_proj": "a" for leaf in "qkv"}
+    refused = check_resolution(section({"a": [r"re:.*_proj$"]}, ["m.fc"]), merged, ["m.fc", "m.other"])
+    assert "read by vLLM: as `m.other` it is refused" in " ".join(problem.message for problem in refused)
+    misread = check_resolution(section({"a": [r"re:.*\.(q|k|v)_proj$"], "b": ["Linear"]}), merged, [])
+    assert ["as `m.qkv_proj`: expected `a`, found `b`" in problem.message for problem in misread] == [True]
+    assert "found none" in check_resolution(section({"a": []}, ["m.x"]), {"m.x": "a"}, [])[0].message
+
+
+def test_members_that_the_plan_treats_differently_are_told_elsewhere() -> None:
+    planned = {"m.q_proj": "a", "m.k_proj": "a", "m.v_proj": "b"}
+    groups = {"a": [r"re:.*(q|k)_proj$"], "b": [r"re:.*v_proj$"]}
+    assert check_resolution(section(groups), planned, []) == []
 
 
 def test_experts_that_transformers_reads_by_another_group_are_told() -> None:

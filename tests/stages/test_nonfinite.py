@@ -192,3 +192,20 @@ def test_in_copied_tensors_they_are_a_warning(
     assert [found for record in caplog.records if (found := record.getMessage().count("x.mask"))] == [1, 1]
     written = checkpoints.read(tmp_path / "first")["x.mask"]
     assert checkpoints.as_bytes({"x": written}) == checkpoints.as_bytes({"x": mask})
+
+
+def test_stacks_of_one_layer_of_experts_stay_together(tmp_path: Path) -> None:
+    config = {"model_type": "granitemoe", "hidden_size": 64, "intermediate_size": 32}
+    shapes = {"input_linear": (2, 64, 64), "output_linear": (2, 64, 32)}
+    tensors = {
+        f"model.layers.{n}.block_sparse_moe.{leaf}.weight": checkpoints.gaussian(n, *shape)
+        for n in (0, 1)
+        for leaf, shape in shapes.items()
+    }
+    tensors["model.layers.0.block_sparse_moe.output_linear.weight"][1, 2, 3] = math.nan
+    checkpoints.write(tmp_path / "source", [tensors], config)
+    convert(tmp_path, ALLOWED)
+    found = checkpoints.read(tmp_path / "result")
+    assert {name for name in found if ".layers.0." in name} == {name for name in tensors if ".layers.0." in name}
+    assert "model.layers.1.block_sparse_moe.experts.0.w1.weight_packed" in found
+    assert verify(str(tmp_path / "result")) == []

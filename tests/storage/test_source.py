@@ -50,6 +50,17 @@ def test_every_broken_file_is_reported_at_once(source: Path) -> None:
     assert kinds(source) == {"file-missing", "shard-truncated", "config-invalid"}
 
 
+def test_mistrals_params_are_read_beside_config_json_and_not_instead_of_it(source: Path) -> None:
+    (source / "params.json").write_text('{"dim": 8}')
+    assert load(source).rewritten == (("params.json", '{"dim": 8}'),)
+    (source / "config.json").unlink()
+    (missing,) = load(source).problems
+    assert (missing.file, missing.kind) == ("config.json", "file-missing")
+    assert "params.json alone" in missing.way_out
+    (source / "params.json").write_text("[")
+    assert sorted(problem.kind for problem in load(source).problems) == ["config-invalid", "file-missing"]
+
+
 @pytest.mark.parametrize(
     ("index", "kind"),
     [

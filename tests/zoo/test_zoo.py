@@ -18,6 +18,7 @@ FEW = [
     ("gemma3_vision", "FP8_DYNAMIC"),
     ("deepseek_v3_mtp", "NVFP4A16"),
     ("gpt2", "W4A16"),
+    ("mistral_consolidated", "FP8_DYNAMIC"),
 ]
 ALL = [(name, scheme) for name in ZOO for scheme in SCHEMES]
 

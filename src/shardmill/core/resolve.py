@@ -152,15 +152,13 @@ class Resolver:
         if (literal := self._entries.literal(module)) is not None:
             return self._last(literal)
         regexes = sorted(self._entries.regexes(module), key=lambda n: self.targets[n].text)
-        named = sorted(name for name in classes if self._entries.literal(name) is not None)
+        named = sorted((name, n) for name in classes if (n := self._entries.literal(name)) is not None)
         if regexes:
             return self._last(regexes[0])
-        return self._last(self._entries.literal(named[0])) if named else None
+        return self._last(named[0][1]) if named else None
 
-    def _last(self, position: int | None) -> str | None:
+    def _last(self, position: int) -> str:
         """The group of an entry; of one that stands in several groups, the last."""
-        if position is None:
-            return None
         text = self.targets[position].text
         return next(target.group for target in reversed(self.targets) if target.text == text)
 

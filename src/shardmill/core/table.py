@@ -39,7 +39,7 @@ class ResolvedTable:
     transposed: tuple[str, ...]
     """Leaves whose weight is stored `[in, out]`."""
     fused: tuple[tuple[str, ...], ...]
-    """Leaves that one runtime layer merges, by row; only rows of which this checkpoint has two leaves."""
+    """Leaves of this checkpoint that one runtime layer merges, by row of the table."""
 
     @property
     def is_known(self) -> bool:
@@ -80,7 +80,8 @@ def _fused_here(plan: Plan, table: FusedTable) -> tuple[tuple[str, ...], ...]:
         for spec, *_ in shard.tensors
         if spec.name.endswith(".weight")
     }
-    return tuple(row.leaves for row in table.rows if len(leaves.intersection(row.leaves)) > 1)
+    present = (tuple(leaf for leaf in row.leaves if leaf in leaves) for row in table.rows)
+    return tuple(dict.fromkeys(row for row in present if len(row) > 1))
 
 
 def table_document(table: ResolvedTable) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def disjoint_targets(modules: Mapping[str, int], groups: int) -> list[list[str]]
 
 
 def _tails(modules: Mapping[str, int]) -> dict[str, _Tail]:
-    """The shortest tails by which modules of different groups differ."""
+    """The shortest tails by which modules of different groups differ; at the latest their whole names do."""
     found: dict[str, _Tail] = {}
     pending, more = list(modules), 0
     while pending:
@@ -72,8 +72,6 @@ def _tails(modules: Mapping[str, int]) -> dict[str, _Tail]:
         mixed = {tail.template for tail, owners in alike.items() if len(owners) > 1}
         stuck = [module for module in pending if tails[module].template in mixed]
         found |= {module: tail for module, tail in tails.items() if tail.template not in mixed}
-        if stuck and all(_tail(module, more + 1) == tails[module] for module in stuck):
-            return found | {module: tails[module] for module in stuck}
         pending, more = stuck, more + 1
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from shardmill.core.assemble import PARAMS_NAME
@@ -286,7 +286,7 @@ def _read_configs(
     text = ""
     for name, result in zip([CONFIG_NAME, *others], [config, *found], strict=True):
         if isinstance(result, CheckpointInvalid):
-            problems += result.problems
+            problems += _config_beside_params(result) if PARAMS_NAME in others else result.problems
             continue
         document, raw = result
         text = raw if name == CONFIG_NAME else text
@@ -297,6 +297,12 @@ def _read_configs(
             if name != CONFIG_NAME and not source.intake.allow_code:
                 rewritten.append((name, without_code(document)))
     return text, tuple(rewritten), warnings
+
+
+def _config_beside_params(error: CheckpointInvalid) -> list[Problem]:
+    """The problems of a config that is missing where Mistral's own is there, which says less."""
+    way_out = f"take it from the model's other format: {PARAMS_NAME} alone does not tell the architecture"
+    return [replace(p, way_out=way_out) if p.kind == "file-missing" else p for p in error.problems]
 
 
 def _read_config(source: SourceFolder, name: str) -> tuple[Any, str] | CheckpointInvalid:
