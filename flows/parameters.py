@@ -44,6 +44,7 @@ _CHOICES: Final = (
     "partial_fused",
     "allow_nonfinite",
     "search",
+    "importance",
 )
 """Fields that a recipe replaces."""
 
@@ -117,6 +118,11 @@ class Choices(_Form):
         description="How scales are chosen: from the extremes of what shares one (none), or by the least error of what "
         "is read back (mse), which takes longer.",
     )
+    importance: Location | None = Field(
+        default=None,
+        description="For search mse: a safetensors file with a float32 tensor for each module, by which errors in its "
+        "input features are multiplied; none for all alike.",
+    )
     recipe: dict[str, Any] | None = Field(
         default=None,
         description="A whole recipe as a recipe file holds it, for several schemes. "
@@ -132,6 +138,8 @@ class Choices(_Form):
         ]
         if self.recipe is not None and changed:
             raise ValueError(f"a recipe replaces {', '.join(changed)}: say it in the recipe, or leave the recipe out")
+        if self.importance is not None and self.search != "mse":
+            raise ValueError("importance goes with search mse")
         return self
 
     @property
@@ -147,7 +155,9 @@ class Choices(_Form):
         """
         if self.recipe is not None:
             return parse_recipe(self.recipe)
-        choices = {name: getattr(self, name) for name in _CHOICES}
+        choices = {name: getattr(self, name) for name in _CHOICES if name != "importance"}
+        if self.importance is not None:
+            choices["search"] = {"kind": self.search, "importance_file": self.importance}
         return parse_recipe({"scheme": self.scheme} | choices)
 
 

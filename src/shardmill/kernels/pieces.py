@@ -7,7 +7,7 @@ what they find, so that the page cache still holds what is read a second time.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Final
@@ -23,6 +23,14 @@ from shardmill.kernels.lanes import BlockSize, EncodedBlock, Lane, gather
 
 COPY_BYTES: Final = 4 << 20
 """Bytes that are carried over at a time."""
+
+
+ImportanceOf = Callable[[Scheme, str], memoryview | None]
+"""Gives how much errors in each input feature of a module count, as float32 bytes; None for all alike."""
+
+
+def _alike(_scheme: Scheme, _module: str) -> memoryview | None:
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +121,17 @@ class Encode:
         """As `Copy.held_bytes`; codes are no wider than half of what they are made of, or as wide as one byte."""
         return 2 * self.span.length
 
-    def work(self, lane: Lane, data: memoryview, whole: Extent | None) -> EncodedBlock:
+    def work(
+        self, lane: Lane, data: memoryview, whole: Extent | None, importance_of: ImportanceOf = _alike
+    ) -> EncodedBlock:
         """Quantize the row block.
 
         Raises:
             NonFiniteWeight: NaN or Inf in it.
         """
         spec, shape = self.weight.tensor, (self.count, self.weight.cols)
-        found = lane.encode(data, spec.dtype, shape, self.scheme, whole)
+        importance = importance_of(self.scheme, self.weight.module)
+        found = lane.encode(data, spec.dtype, shape, self.scheme, whole, importance)
         if not found.finite:
             raise _non_finite(lane.first_nonfinite(data, spec.dtype, shape), self.span.shard, spec.name, self.first)
         return found
@@ -140,7 +151,9 @@ class Slab:
         """As `Copy.held_bytes`."""
         return 2 * self.span.length
 
-    def work(self, lane: Lane, data: memoryview, block: BlockSize) -> tuple[Extent, tuple[SlabBlock, ...]]:
+    def work(
+        self, lane: Lane, data: memoryview, block: BlockSize, importance_of: ImportanceOf = _alike
+    ) -> tuple[Extent, tuple[SlabBlock, ...]]:
         """Give the extent of the slab, if its units share one, and their blocks in order.
 
         Raises:
@@ -156,7 +169,8 @@ class Slab:
             if unit.scheme is None:
                 blocks.append((number, True, gather_rows(data, unit, 0, unit.rows)))
             else:
-                blocks += self._encode(lane, data, block, number, unit, unit.scheme, extent)
+                importance = importance_of(unit.scheme, unit.module)
+                blocks += self._encode(lane, data, block, number, unit, unit.scheme, extent, importance)
         return extent, tuple(blocks)
 
     def _encode(
@@ -168,6 +182,7 @@ class Slab:
         unit: Unit,
         scheme: Scheme,
         whole: Extent,
+        importance: memoryview | None,
     ) -> Iterator[SlabBlock]:
         if scheme.weights.strategy == "tensor":
             every = gather_rows(data, unit, 0, unit.rows)
@@ -176,7 +191,7 @@ class Slab:
         for first in range(0, unit.rows, step):
             count = min(step, unit.rows - first)
             rows, shape = gather_rows(data, unit, first, count), (count, unit.cols)
-            found = lane.encode(rows, unit.tensor.dtype, shape, scheme, whole)
+            found = lane.encode(rows, unit.tensor.dtype, shape, scheme, whole, importance)
             if not found.finite:
                 place = lane.first_nonfinite(rows, unit.tensor.dtype, shape)
                 raise _non_finite(place, self.span.shard, unit.tensor.name, first)

@@ -26,7 +26,7 @@ from shardmill.core.statistics import Extent, Statistics
 from shardmill.errors import Interrupted, NonFiniteWeight
 from shardmill.kernels.crew import Crew, crew_of
 from shardmill.kernels.lanes import EncodedBlock, Lane, needs_torch
-from shardmill.kernels.pieces import Copies, Copy, Encode, Measure, Piece, Slab, Twice, cut
+from shardmill.kernels.pieces import Copies, Copy, Encode, ImportanceOf, Measure, Piece, Slab, Twice, cut
 from shardmill.kernels.scan import index_of
 
 WriteChunk = Callable[[memoryview], None]
@@ -49,7 +49,7 @@ def _at_once(_ranges: Sequence[tuple[int, int]]) -> bool:
     return True
 
 
-def encode_shard(
+def encode_shard(  # noqa: PLR0913 - what comes from outside, each with a default
     shard: ShardPlan,
     read: ReadRange,
     write: WriteChunk,
@@ -60,6 +60,7 @@ def encode_shard(
     new_scratch: NewScratch = tempfile.TemporaryFile,
     on_nonfinite: OnNonFinite = lambda _found: None,
     layout: ShardLayout | None = None,
+    importance_of: ImportanceOf = lambda _scheme, _module: None,
 ) -> tuple[WeightRecord, ...]:
     """Compute one output shard and hand its data section to `write`, in the planned order and without the header.
 
@@ -69,6 +70,7 @@ def encode_shard(
 
     Args:
         layout: of the shard, where it is known already.
+        importance_of: how much errors in each input feature of a module count, where scales are searched.
 
     Raises:
         NonFiniteWeight: NaN or Inf in a weight that is to be quantized; the first in the order of the output.
@@ -78,7 +80,7 @@ def encode_shard(
     crew = crew_of(device, is_torch=needs_torch(shard, device))
     layout = layout or shard.layout()
     output = _Output(layout, write, new_scratch)
-    encoding = _Encoding(crew, cut(shard, layout.units, crew.block), read, announce, output, should_stop)
+    encoding = _Encoding(crew, cut(shard, layout.units, crew.block), read, announce, output, should_stop, importance_of)
     try:
         crew.work_on(encoding)
     finally:
@@ -264,6 +266,7 @@ class _Encoding:
     announce: Announce
     output: _Output
     should_stop: Callable[[], bool]
+    importance_of: ImportanceOf
     taken: int = 0
     put_off: Twice | None = None
     """What was announced and put off; no piece is taken until it is heard."""
@@ -404,12 +407,12 @@ class _Encoding:
         whole = None if piece.key is None else self._extent(piece.key)
         if piece.key is not None and whole is None:
             return _nothing  # a piece before this one fails the job
-        block = piece.work(lane, data, whole)
+        block = piece.work(lane, data, whole, self.importance_of)
         scale = lambda: lane.global_scale(whole or Extent())  # noqa: E731 - made where it is needed
         return lambda: self.output.put_block(piece.unit, block, scale, is_last=piece.is_last)
 
     def _encode_slab(self, piece: Slab, lane: Lane, data: memoryview) -> Callable[[], None]:
-        whole, blocks = piece.work(lane, data, self.crew.block)
+        whole, blocks = piece.work(lane, data, self.crew.block, self.importance_of)
         copied = {n: self._look_at(n, lane, block) for n, _, block in blocks if not isinstance(block, EncodedBlock)}
 
         def write() -> None:
