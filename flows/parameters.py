@@ -46,6 +46,7 @@ _CHOICES: Final = (
     "allow_nonfinite",
     "search",
     "dequantize",
+    "importance",
 )
 """Fields that a recipe replaces."""
 
@@ -124,6 +125,11 @@ class Choices(_Form):
         description="Quantize nothing: write a plain BF16 checkpoint from one that is quantized. "
         "Leave scheme and all other choices at their defaults.",
     )
+    importance: Location | None = Field(
+        default=None,
+        description="For search mse: a safetensors file with a float32 tensor for each module, by which errors in its "
+        "input features are multiplied; none for all alike.",
+    )
     recipe: dict[str, Any] | None = Field(
         default=None,
         description="A whole recipe as a recipe file holds it, for several schemes. "
@@ -142,6 +148,8 @@ class Choices(_Form):
         others = [name for name in changed if name != "dequantize"]
         if self.dequantize and (others or self.scheme != fields["scheme"].default):
             raise ValueError("dequantize quantizes nothing: leave scheme and all other choices at their defaults")
+        if self.importance is not None and self.search != "mse":
+            raise ValueError("importance goes with search mse")
         return self
 
     @property
@@ -161,7 +169,9 @@ class Choices(_Form):
             return parse_recipe(self.recipe)
         if self.dequantize:
             return dequantizing()
-        choices = {name: getattr(self, name) for name in _CHOICES}
+        choices = {name: getattr(self, name) for name in _CHOICES if name != "importance"}
+        if self.importance is not None:
+            choices["search"] = {"kind": self.search, "importance_file": self.importance}
         return parse_recipe({"scheme": self.scheme} | choices)
 
 

@@ -211,3 +211,40 @@ def test_zero_groups_are_left_alone() -> None:
 
 def test_moves_are_few_enough_for_a_search_in_streams() -> None:
     assert max(len(moves_of(scheme.weights).moves) for scheme in SCHEMES.values()) <= 40
+
+
+# ---- importance -------------------------------------------------------------------------------------------------
+
+
+def importance_for(weight: Tensor) -> Tensor:
+    """Some columns count a thousand times as much as others, and a stretch of them nothing."""
+    found = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(3)).abs() ** 4
+    found[: weight.shape[1] // 3] *= 1e-30
+    found[-50:-20] = 0
+    return found
+
+
+@pytest.mark.parametrize("name", ["NVFP4A16", "W4A16_ASYM", "FP8_BLOCK", "W8A8"])
+def test_errors_in_important_columns_are_made_small(name: str) -> None:
+    scheme, weight = SCHEMES[name], fit(SCHEMES[name], sample("gaussian", torch.bfloat16, (60, 400)))
+    importance = importance_for(weight)
+    more = options(scheme, weight) | {"search": MSE}
+    slow = reference.encode(weight, scheme.weights, **more, importance=importance)
+    fast = cpu.encode(bits_of(weight), "BF16", scheme.weights, **more, importance=importance.numpy())
+    assert described(fast.tensors, cpu.to_bytes) == described(slow.tensors, reference.to_bytes)
+    errors = []
+    for found in (slow.tensors, reference.encode(weight, scheme.weights, **more).tensors):
+        if scheme.weights.has_global_scale:
+            found["weight_global_scale"] = reference.global_scale(reference.measure(weight))
+        restored = reference.decode(found, scheme.weights, format=scheme.format, shape=tuple(weight.shape))
+        errors.append(float(((restored - weight.float()).double().square() * importance).sum()))
+    assert errors[0] < errors[1]
+
+
+def test_equal_importance_is_none() -> None:
+    scheme, weight = SCHEMES["W4A16"], sample("gaussian", torch.bfloat16, (60, 256))
+    more = options(scheme, weight) | {"search": MSE}
+    equal = reference.encode(weight, scheme.weights, **more, importance=torch.full((256,), 2.0**-100))
+    assert described(equal.tensors, reference.to_bytes) == described(
+        reference.encode(weight, scheme.weights, **more).tensors, reference.to_bytes
+    )

@@ -266,7 +266,7 @@ HEAD: Final = """# Quality beside the reference
 SmolLM2-135M-Instruct, the example checkpoint, quantized by shardmill and by llm-compressor's `model_free_ptq`. Both
 results are loaded by transformers and read the same text, {tokens} tokens. Numbers are the mean KL divergence of the
 next-token distribution from that of the bf16 model, in nats: 0 is the same model. `as run` also rounds activations as
-an engine would. The ratio is required to be at most {ratio}.
+an engine would. The ratio is required to be at most {ratio}. What `--search mse` gains is in [search.md](search.md).
 
 Written by `python tests/reference/compare_quality.py --write docs/quality.md`.
 Versions: {versions}; reference: {reference}.

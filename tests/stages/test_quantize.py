@@ -13,6 +13,7 @@ import torch
 from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor
 
 import checkpoints
@@ -25,6 +26,7 @@ from shardmill.core.scheme import PRESETS, Search
 from shardmill.errors import Interrupted, NonFiniteWeight, Refused, ShardFailures, SourceChanged
 from shardmill.kernels.ct_adapter import check_config
 from shardmill.stages.devices import DevicePool
+from shardmill.stages.importance import importance_of, read_importance
 from shardmill.stages.pipeline import RunOptions, RunResult, Watcher, run
 from shardmill.stages.plan import Locations, make_plan
 from shardmill.stages.quantize import Controls, quantize_shard
@@ -506,3 +508,74 @@ def test_a_searched_result_says_so_and_is_verified(tmp_path: Path) -> None:
     assert check_config(config) == []
     assert "search" not in json.dumps(config)
     assert main(["verify", str(tmp_path / "result"), "--against", str(source), "-q"]) == 0
+
+
+def important(tmp_path: Path, tensors: dict[str, Tensor], name: str = "importance.safetensors") -> Search:
+    path = tmp_path / name
+    save_file(tensors, path)
+    return Search(importance_file=str(path))
+
+
+def test_importance_counts_in_bytes_and_keys_by_its_content(tmp_path: Path) -> None:
+    tensors = checkpoints.llama(layers=1)
+    matrices = {name: tensor for name, tensor in tensors.items() if name.endswith("_proj.weight")}
+    source = checkpoints.write(tmp_path / "source", checkpoints.deal(tensors, 3))
+    folder = open_source(str(source))
+    even = {name.removesuffix(".weight"): torch.ones(tensor.shape[1]) for name, tensor in matrices.items()}
+    steep = {name: torch.arange(len(entry), dtype=torch.float32) ** 3 for name, entry in even.items()}
+    plans, results = [], []
+    for number, entries in enumerate((even, steep, steep)):
+        recipe = with_search(uniform("W4A16_ASYM"), important(tmp_path, entries, f"{number}.safetensors"))
+        plans.append(make_plan(folder, recipe))
+        convert(source, tmp_path / f"result{number}", recipe)
+        results.append(checkpoints.as_bytes(checkpoints.read(tmp_path / f"result{number}")))
+    shapes = [[shard.shape() for shard in plan.shards] for plan in plans]
+    assert [plan.problems for plan in plans] == [(), (), ()]
+    assert shapes[1] == shapes[2] != shapes[0]
+    assert results[1] == results[2] != results[0]
+    plain = result_of(tmp_path / "plain", tensors, with_search(uniform("W4A16_ASYM"), Search()))
+    assert checkpoints.as_bytes(plain) == results[0]
+    manifest = (tmp_path / "result1" / "shardmill.json").read_text()
+    assert "1.safetensors" not in manifest
+    assert "blake3:" in json.loads(manifest)["recipe"]["groups"][0]["scheme"]["search"]["importance"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "kind"),
+    [
+        (None, "importance-missing"),
+        (torch.ones(255), "importance-shape"),
+        (torch.ones(256, dtype=torch.float16), "importance-shape"),
+        (torch.full((256,), -1.0), "importance-value"),
+        (torch.full((256,), torch.inf), "importance-value"),
+        (torch.full((256,), torch.nan), "importance-value"),
+    ],
+)
+def test_importance_that_cannot_be_used_is_a_problem_of_the_plan(
+    tmp_path: Path, entry: Tensor | None, kind: str
+) -> None:
+    weights = {f"m.{leaf}.weight": checkpoints.gaussian(1, 32, 256) for leaf in ("o_proj", "down_proj")}
+    source = checkpoints.write(tmp_path / "source", [weights])
+    entries = {"m.down_proj.weight": torch.ones(256)} | ({} if entry is None else {"m.o_proj": entry})
+    recipe = with_search(uniform("W4A16"), important(tmp_path, entries))
+    found = make_plan(open_source(str(source)), recipe).problems
+    assert [(problem.kind, problem.tensor) for problem in found] == [(kind, "m.o_proj")]
+    with pytest.raises(Refused):
+        convert(source, tmp_path / "result", recipe)
+
+
+def test_importance_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    source = checkpoints.write(tmp_path / "source", [{"m.o_proj.weight": checkpoints.gaussian(1, 32, 256)}])
+    recipe = with_search(uniform("W4A16"), Search(importance_file=str(tmp_path / "nowhere.safetensors")))
+    with pytest.raises(Refused, match="no such file of importance"):
+        convert(source, tmp_path / "result", recipe)
+
+
+def test_importance_that_changes_after_the_plan_is_not_used(tmp_path: Path) -> None:
+    source = checkpoints.write(tmp_path / "source", [{"m.o_proj.weight": checkpoints.gaussian(1, 32, 256)}])
+    search = important(tmp_path, {"m.o_proj": torch.ones(256)})
+    plan = make_plan(open_source(str(source)), with_search(uniform("W4A16"), search))
+    read_importance.cache_clear()
+    important(tmp_path, {"m.o_proj": torch.full((256,), 2.0)})
+    with pytest.raises(SourceChanged, match="importance"):
+        importance_of(plan.shards[0].schemes[0], "m.o_proj")

@@ -59,6 +59,7 @@ class Options:
     workers: int = 0
     search: str | None = None
     search_norm: float | None = None
+    importance: str | None = None
     verify: str = "fast"
     dry_run: bool = False
     against: str | None = None
@@ -195,6 +196,12 @@ def _add_recipe(parser: argparse.ArgumentParser, *, takes_several: bool = False)
         type=float,
         metavar="P",
         help="with --search mse: the power by which errors count, 1 to 4 in halves (default: 2)",
+    )
+    group.add_argument(
+        "--importance",
+        metavar="FILE",
+        help="with --search mse: a safetensors file with a float32 tensor [in] for each module, by which errors in its"
+        " input features are multiplied, such as their mean squares in a calibration run",
     )
     group.add_argument(
         "--no-default-ignores",
@@ -346,12 +353,13 @@ def read_recipe(options: Options) -> Recipe:
 
 
 def _searched(recipe: Recipe, options: Options) -> Recipe:
-    if options.search_norm is not None and options.search != "mse":
-        raise _invalid("--search-norm goes with --search mse")
+    for option, value in (("--search-norm", options.search_norm), ("--importance", options.importance)):
+        if value is not None and options.search != "mse":
+            raise _invalid(f"{option} goes with --search mse")
     if options.search is None:
         return recipe
-    asked = {"kind": options.search} | ({} if options.search_norm is None else {"norm": options.search_norm})
-    return with_search(recipe, parse_search(asked))
+    asked = {"kind": options.search, "norm": options.search_norm, "importance_file": options.importance}
+    return with_search(recipe, parse_search({name: value for name, value in asked.items() if value is not None}))
 
 
 def _invalid(message: str, way_out: str = "", file: str = "") -> RecipeInvalid:

@@ -372,8 +372,12 @@ class Plan:
 def made_of(source_state: str, recipe: Recipe, *, allow_code: bool = False) -> str:
     """Name what a result is made of, without reading anything: the state of a listing and a recipe.
 
-    Unlike a plan it says nothing of content, and nothing of the release that computes; empty where the state is.
+    Unlike a plan it says nothing of content, and nothing of the release that computes; empty where the state is, and
+    where a file of importance is to be read first.
     """
+    searches = [group.scheme.search for group in recipe.groups]
+    if any(search is not None and search.importance_file and not search.importance for search in searches):
+        return ""
     request = [recipe_to_json(recipe), *(["code"] if allow_code else [])]
     return digest_json([source_state, *request]) if source_state else ""
 

@@ -7,7 +7,7 @@ library costs seconds. `kernels.ct_adapter` converts both ways and a test holds 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from shardmill.errors import Problem, RecipeInvalid, show
@@ -136,6 +136,10 @@ class Search:
 
     norm: float = 2.0
     """Errors count by this power: a multiple of 0.5, which takes no more than products and square roots."""
+    importance: str = ""
+    """Digest of a file that tells how much the error in each input feature counts; empty for all alike."""
+    importance_file: str = field(default="", compare=False)
+    """Where it lies: for those who read it, and in no key and no document."""
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
@@ -143,11 +147,12 @@ class Search:
 
     def to_json(self) -> dict[str, Any]:
         """Describe it; the inverse of `parse_search`."""
-        return {"kind": "mse", "norm": self.norm}
+        told = {"importance": self.importance} if self.importance else {}
+        return {"kind": "mse", "norm": self.norm, **told}
 
 
 def parse_search(value: Any) -> Search | None:
-    """Read `none`, `mse`, or a mapping with `kind` and `norm`.
+    """Read `none`, `mse`, or a mapping with `kind`, `norm` and `importance_file`; documents have its digest instead.
 
     Raises:
         RecipeInvalid: anything else.
@@ -158,15 +163,19 @@ def parse_search(value: Any) -> Search | None:
     options = {"kind": value} if isinstance(value, str) else value
     if not isinstance(options, Mapping) or options.get("kind") not in SEARCHES:
         raise _invalid(f"search must be one of {', '.join(SEARCHES)}, found {show(str(value))}")
-    unknown = sorted(str(key) for key in set(options) - {"kind", "norm"})
+    unknown = sorted(str(key) for key in set(options) - {"kind", "norm", "importance", "importance_file"})
     if unknown:
-        raise _invalid(f"search has unknown fields: {', '.join(map(show, unknown))}", "known: kind, norm")
+        known = "known: kind, norm, importance_file"
+        raise _invalid(f"search has unknown fields: {', '.join(map(show, unknown))}", known)
     if options["kind"] == "none":
         return None
     norm = options.get("norm", 2.0)
     if isinstance(norm, bool) or not isinstance(norm, int | float):
         raise _invalid(f"norm of a search must be a number, found {show(str(norm))}")
-    return Search(norm=float(norm))
+    digest, file = options.get("importance", ""), options.get("importance_file", "")
+    if not isinstance(digest, str) or not isinstance(file, str):
+        raise _invalid(f"importance of a search must be text, found {show(str(digest or file))}")
+    return Search(norm=float(norm), importance=digest, importance_file=file)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -313,20 +322,20 @@ def _known(data: Mapping[str, Any], fields: tuple[str, ...], subject: str) -> di
     )
     if unknown:
         raise _invalid(f"{subject} has unknown fields: {', '.join(map(show, unknown))}", f"known: {', '.join(fields)}")
-    return {field: data[field] for field in fields if data.get(field) is not None}
+    return {name: data[name] for name in fields if data.get(name) is not None}
 
 
 def _normalise(data: Mapping[str, Any], fields: tuple[str, ...], subject: str) -> dict[str, Any]:
     """Known fields with checked types, enums and dtypes as plain words."""
     args = _known(data, fields, subject)
-    for field in ("num_bits", "group_size"):
-        if field in args and (isinstance(args[field], bool) or not isinstance(args[field], int)):
-            raise _invalid(f"{field} of {subject} must be an integer, found {args[field]!r}")
+    for name in ("num_bits", "group_size"):
+        if name in args and (isinstance(args[name], bool) or not isinstance(args[name], int)):
+            raise _invalid(f"{name} of {subject} must be an integer, found {args[name]!r}")
     if not isinstance(args.get("symmetric", True), bool):
         raise _invalid(f"symmetric of {subject} must be true or false, found {args['symmetric']!r}")
-    for field in ("type", "strategy"):
-        if field in args:
-            args[field] = str(getattr(args[field], "value", args[field])).lower()
+    for name in ("type", "strategy"):
+        if name in args:
+            args[name] = str(getattr(args[name], "value", args[name])).lower()
     args["scale_dtype"] = _dtype_name(args.get("scale_dtype"))
     return args
 

@@ -18,9 +18,12 @@ from shardmill.core.scheme import WeightArgs
 
 NVFP4_WINDOW: Final = (-3, 7)
 """E4M3 codes around that of min/max; eight are an octave. On real weights none beyond -2 or 7 was ever the best, and
-a group whose largest element becomes 4 instead of 6 ("four over six") is 4 or 5 codes up. The global scale stays that of
-min/max, whose largest group has the last code there is: half of it would leave room above, gains at most 0.4 % of the
-error of Gaussian weights, and costs where one weight is ten thousand times the others, since their codes run out below."""
+a group whose largest element becomes 4 instead of 6 ("four over six") is 4 or 5 codes up.
+
+The global scale stays that of min/max, whose largest group has the last code there is. Half of it would leave room
+above: that gains at most 0.4 % of the error of Gaussian weights, and costs where one weight is ten thousand times the
+others, since their codes run out below.
+"""
 MX_WINDOW: Final = {4: (-1, 1), 8: (-1, 0)}
 """Exponents around that of min/max, by bits. E4M3 is its own float: an exponent more can only lose small elements."""
 

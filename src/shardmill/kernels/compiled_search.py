@@ -66,7 +66,7 @@ class Hunt(NamedTuple):
 
 
 class Bench(NamedTuple):
-    """Buffers of a search; the last two hold one number for each lane."""
+    """Buffers of a search; `words` and `offsets` hold one number for each lane."""
 
     values: Floats
     """Elements of `COUNT` tiles, lane by lane, or of one tile, its rows filled up with zeros to whole vectors."""
@@ -74,6 +74,10 @@ class Bench(NamedTuple):
     """Stored scales: codes, exponents, or float32 bits."""
     offsets: Floats
     """Zero points."""
+    importance: Floats
+    """What errors in each column of the row block are multiplied with; empty for nothing."""
+    weights: Floats
+    """The same, as `values`."""
 
 
 @spliced
@@ -93,6 +97,7 @@ def _count_as(
     kind: int,
     is_plain: bool,  # noqa: FBT001 - numba takes positions
     values: Floats,
+    weights: Floats,
     inverse: Vector,
     offset: Vector,
     codec: Codec,
@@ -115,6 +120,8 @@ def _count_as(
             else:
                 error = vectors.floats(vectors.bits(error) & _MAGNITUDE)
                 power = _power(error, hunt.halves)
+                if weights.size:
+                    power = power * vectors.load(weights, j, COUNT)
             chunk = chunk + (vectors.bits(vectors.smaller(power, most) + hunt.magic) - base)
         counts = counts + vectors.doubles(chunk)
     return counts
@@ -133,7 +140,7 @@ def _power(values: Vector, halves: int) -> Vector:
 
 @spliced
 def _exact_as(
-    kind: int, values: Floats, step: Vector, offset: Vector, quantum: Vector, codec: Codec, hunt: Hunt
+    kind: int, values: Floats, weights: Floats, step: Vector, offset: Vector, quantum: Vector, codec: Codec, hunt: Hunt
 ) -> Vector:
     """Add up the errors of what would be stored, each a multiple of the quantum: exact, whatever the order."""
     total, magic = vectors.splat(0.0, COUNT), quantum * (1.5 * 2.0**52)
@@ -149,7 +156,10 @@ def _exact_as(
         if kind == SHIFTED:
             left = left - offset
         lost = vectors.floats(vectors.bits(sized - left * step) & _MAGNITUDE)
-        total = total + ((_power(vectors.doubles(lost), hunt.halves) + magic) - magic)
+        power = _power(vectors.doubles(lost), hunt.halves)
+        if weights.size:
+            power = power * vectors.doubles(vectors.load(weights, j, COUNT))
+        total = total + ((power + magic) - magic)
     return total
 
 
@@ -311,9 +321,30 @@ class _Tile(NamedTuple):
     high: Vector
 
 
+@compiled
+def _load_weights(tiling: Tiling, is_wide: bool, first: int, count: int, bench: Bench) -> None:  # noqa: FBT001
+    """Fill `bench.weights` with what belongs to `bench.values`."""
+    across = -(-tiling.cols // tiling.width)
+    if not is_wide:
+        bench.weights[:] = np.float32(0)
+        for lane in range(count):
+            begin = (first + lane) % across * tiling.width
+            for j in range(tiling.width):
+                bench.weights[j * COUNT + lane] = bench.importance[begin + j]
+        return
+    left = first % across * tiling.width
+    right = min(left + tiling.width, tiling.cols)
+    padded = -(-(right - left) // COUNT) * COUNT
+    for row in range(tiling.height):
+        for j in range(padded):
+            bench.weights[row * padded + j] = bench.importance[left + j] if left + j < right else np.float32(0)
+
+
 @spliced
 def _load(block: Floats, tiling: Tiling, is_wide: bool, first: int, count: int, bench: Bench) -> int:  # noqa: FBT001
     """Fill `bench.values`; returns how many of them are in use."""
+    if bench.importance.size:
+        _load_weights(tiling, is_wide, first, count, bench)
     if is_wide:
         return _load_tile(block, tiling, first, bench.values)
     _load_tiles(block, tiling.width, first, count, bench.values)
@@ -344,6 +375,7 @@ def _best(
     kind: int,
     is_plain: bool,  # noqa: FBT001
     values: Floats,
+    weights: Floats,
     tile: _Tile,
     is_wide: bool,  # noqa: FBT001
     rule: Rule,
@@ -367,7 +399,7 @@ def _best(
             tried_word, tried_step = _tried(tile.word, tile.step, rule, hunt, here)
             if kind == SHIFTED:
                 tried_offset = _centred(tile.low, tile.high, tried_step, aside, rule, codec)
-        counts = _count_as(kind, is_plain, values, one / tried_step, tried_offset, codec, hunt)
+        counts = _count_as(kind, is_plain, values, weights, one / tried_step, tried_offset, codec, hunt)
         cost = _over_lanes(counts, is_wide) * _power(vectors.doubles(tried_step), hunt.halves)
         if number < 0:
             found = initial = _initial(cost, tile)
@@ -383,9 +415,9 @@ def _best(
 def _gains(
     kind: int,
     values: Floats,
+    weights: Floats,
     tile: _Tile,
-    step: Vector,
-    offset: Vector,
+    chosen: tuple[Vector, Vector],
     is_wide: bool,  # noqa: FBT001
     codec: Codec,
     hunt: Hunt,
@@ -395,8 +427,8 @@ def _gains(
     quantum = _quantum(tile.low, tile.high, hunt.halves)
     after = before = vectors.splat(0.0, COUNT)
     for turn in range(2):  # a loop, so that what is in it is compiled once
-        by, plus = (step, offset) if turn == 0 else (tile.step, tile.offset)
-        sums = _over_lanes(_exact_as(kind, values, by, plus, quantum, codec, hunt), is_wide)
+        by, plus = chosen if turn == 0 else (tile.step, tile.offset)
+        sums = _over_lanes(_exact_as(kind, values, weights, by, plus, quantum, codec, hunt), is_wide)
         after, before = (sums, before) if turn == 0 else (after, sums)
     return after + quantum * elements < before
 
@@ -422,10 +454,12 @@ def searcher(kind: int, is_plain: bool) -> Callable[..., None]:  # noqa: FBT001 
             values = bench.values[: _load(block, tiling, is_wide, first, count, bench)]
             _take(rule, codec, out, first, count, bench)
             tile = _start(values, is_wide, rule, bench)
-            word, step, offset, found, initial = _best(kind, is_plain, values, tile, is_wide, rule, codec, hunt)
+            word, step, offset, found, initial = _best(
+                kind, is_plain, values, bench.weights, tile, is_wide, rule, codec, hunt
+            )
             settled = _settled(found, step, initial, tile.step, hunt, elements)
             if not is_plain or vectors.count(settled) < COUNT:
-                gains = _gains(kind, values, tile, step, offset, is_wide, codec, hunt, elements)
+                gains = _gains(kind, values, bench.weights, tile, (step, offset), is_wide, codec, hunt, elements)
                 word, offset = vectors.select(gains, word, tile.word), vectors.select(gains, offset, tile.offset)
             vectors.store(bench.words, 0, word)
             vectors.store(bench.offsets, 0, offset)
@@ -434,7 +468,8 @@ def searcher(kind: int, is_plain: bool) -> Callable[..., None]:  # noqa: FBT001 
     return compiled(search)
 
 
-def new_bench(tiling: Tiling, is_wide: bool) -> Bench:  # noqa: FBT001
+def new_bench(tiling: Tiling, is_wide: bool, importance: Floats) -> Bench:  # noqa: FBT001
     """Make room for a search."""
     size = tiling.height * (tiling.width + COUNT) if is_wide else COUNT * tiling.width
-    return Bench(np.zeros(size, np.float32), np.zeros(COUNT, np.uint32), np.zeros(COUNT, np.float32))
+    values, weights = np.zeros(size, np.float32), np.zeros(size if importance.size else 0, np.float32)
+    return Bench(values, np.zeros(COUNT, np.uint32), np.zeros(COUNT, np.float32), importance, weights)

@@ -195,6 +195,7 @@ def encode(
     scale_dtype: str,
     whole: Extent | None = None,
     search: Search | None = None,
+    importance: npt.NDArray[np.float32] | None = None,
     workspace: Workspace | None = None,
 ) -> Encoded:
     """Quantize one row block of a weight, as `reference.encode`.
@@ -207,6 +208,7 @@ def encode(
         scale_dtype: safetensors name of the dtype of FP8 and INT scales.
         whole: extent of the tensor (strategy `tensor`) or of its fused set (`tensor_group`).
         search: how scales are chosen; None: from the extremes of each tile alone.
+        importance: for a search, what errors in each column are multiplied with; [K].
         workspace: the codes returned lie in its memory and last until its next use.
 
     Raises:
@@ -232,7 +234,7 @@ def encode(
     tiles, work = loops.new_tiles(grid[1]), loops.new_work(bits[: tiling.cols], tiling.width)
     found: Found = loops.encode(bits, tiling, codec, rule, tiles, work, out)
     if search is not None:
-        _search(bits, tiling, codec, rule, args, search, workspace, out)
+        _search(bits, tiling, codec, rule, args, search, importance, workspace, out)
         found = loops.encode(bits, tiling, codec, rule._replace(is_given=True), tiles, work, out)
     name, codes = _codes(octets, args, format, tiling)
     tensors = {name: codes, "weight_scale": out.exponents if is_narrow else _scales(out.scales, scale_dtype)}
@@ -339,6 +341,7 @@ def _search(
     rule: Rule,
     args: WeightArgs,
     search: Search,
+    importance: npt.NDArray[np.float32] | None,
     workspace: Workspace,
     out: Outputs,
 ) -> None:
@@ -359,8 +362,17 @@ def _search(
     )
     values = workspace.take_values(bits.size)
     _compiled().widen(bits, tiling.is_half, values)
-    run = hunting.searcher(codec.kind, halves == 4)
-    run(values, tiling, is_wide, rule, codec, hunt, hunting.new_bench(tiling, is_wide), out)
+    weights = np.empty(0, np.float32) if importance is None else _scaled(importance, tiling.width)
+    run = hunting.searcher(codec.kind, halves == 4 and importance is None)
+    run(values, tiling, is_wide, rule, codec, hunt, hunting.new_bench(tiling, is_wide, weights), out)
+
+
+def _scaled(importance: npt.NDArray[np.float32], width: int) -> npt.NDArray[np.float32]:
+    """As `reference_search.scaled`, in one dimension."""
+    tiles = np.pad(importance, (0, -len(importance) % width)).reshape(-1, width)
+    exponents = tiles.max(1, keepdims=True).view(np.uint32) >> np.uint32(23)
+    factors = np.maximum(254 - exponents.astype(np.int32), 1).astype(np.uint32) << np.uint32(23)
+    return (tiles * factors.view(np.float32)).reshape(-1)[: len(importance)]
 
 
 def _codes(octets: Array, args: WeightArgs, format: str, tiling: Tiling) -> tuple[str, Array]:  # noqa: A002 - as above

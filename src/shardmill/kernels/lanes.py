@@ -92,9 +92,15 @@ class Lane(Protocol):
         """Count NaN and Inf among values that are copied, and find the first; None for none."""
 
     def encode(
-        self, block: memoryview, dtype: str, shape: tuple[int, int], scheme: Scheme, whole: Extent | None
+        self,
+        block: memoryview,
+        dtype: str,
+        shape: tuple[int, int],
+        scheme: Scheme,
+        whole: Extent | None,
+        importance: memoryview | None = None,
     ) -> EncodedBlock:
-        """Quantize a row block."""
+        """Quantize a row block; `importance` is float32 bytes, one number for each column."""
 
     def global_scale(self, extent: Extent) -> memoryview:
         """Choose the second-level scale of NVFP4."""
@@ -129,7 +135,13 @@ class CpuLane:
         return None if cpu.is_finite(rows, dtype) else _count(block, dtype)
 
     def encode(
-        self, block: memoryview, dtype: str, shape: tuple[int, int], scheme: Scheme, whole: Extent | None
+        self,
+        block: memoryview,
+        dtype: str,
+        shape: tuple[int, int],
+        scheme: Scheme,
+        whole: Extent | None,
+        importance: memoryview | None = None,
     ) -> EncodedBlock:
         """As `Lane.encode`."""
         found = cpu.encode(
@@ -140,6 +152,7 @@ class CpuLane:
             scale_dtype=scale_dtype_for(dtype),
             whole=whole,
             search=scheme.search,
+            importance=None if importance is None else np.frombuffer(importance, np.float32),
             workspace=self._workspace,
         )
         tensors = {param: cpu.to_bytes(array) for param, array in found.tensors.items()}
@@ -216,7 +229,13 @@ class TorchLane:
         return None if bool(self._torch.isfinite(rows).all()) else _count(block, dtype)
 
     def encode(
-        self, block: memoryview, dtype: str, shape: tuple[int, int], scheme: Scheme, whole: Extent | None
+        self,
+        block: memoryview,
+        dtype: str,
+        shape: tuple[int, int],
+        scheme: Scheme,
+        whole: Extent | None,
+        importance: memoryview | None = None,
     ) -> EncodedBlock:
         """Quantize a row block; in halves, and smaller blocks from then on, where the device has no room for it.
 
@@ -233,24 +252,31 @@ class TorchLane:
                     scale_dtype=scale_dtype_for(dtype),
                     whole=whole,
                     search=scheme.search,
+                    importance=None if importance is None else self._load(importance, "F32", (shape[1],)),
                 )
                 return self._fetch(found)
         except self._torch.OutOfMemoryError:
             pass  # the handler ends here, so that its traceback no longer holds the tensors of the attempt
         self._size.shrink()
-        return self._encode_halves(block, dtype, shape, scheme, whole)
+        return self._encode_halves(block, dtype, shape, scheme, whole, importance)
 
     def _encode_halves(
-        self, block: memoryview, dtype: str, shape: tuple[int, int], scheme: Scheme, whole: Extent | None
+        self,
+        block: memoryview,
+        dtype: str,
+        shape: tuple[int, int],
+        scheme: Scheme,
+        whole: Extent | None,
+        importance: memoryview | None,
     ) -> EncodedBlock:
         step = row_alignment(scheme.weights)
         first = -(-shape[0] // (2 * step)) * step
         if first >= shape[0]:
             raise self._exhausted(dtype, shape)
         middle = first * shape[1] * BITS[dtype] // 8
-        upper = self.encode(block[:middle], dtype, (first, shape[1]), scheme, whole)
+        upper = self.encode(block[:middle], dtype, (first, shape[1]), scheme, whole, importance)
         kept = {param: memoryview(bytes(view)) for param, view in upper.tensors.items()}
-        lower = self.encode(block[middle:], dtype, (shape[0] - first, shape[1]), scheme, whole)
+        lower = self.encode(block[middle:], dtype, (shape[0] - first, shape[1]), scheme, whole, importance)
         if not (upper.finite and lower.finite):
             return EncodedBlock({}, Statistics(), finite=False)
         has_one_scale = scheme.weights.strategy == "tensor"

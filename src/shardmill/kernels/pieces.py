@@ -34,6 +34,14 @@ PANEL_BYTES: Final = 16 << 20
 ReadRange = Callable[[str, int, memoryview], None]
 
 
+ImportanceOf = Callable[[Scheme, str], memoryview | None]
+"""Gives how much errors in each input feature of a module count, as float32 bytes; None for all alike."""
+
+
+def _alike(_scheme: Scheme, _module: str) -> memoryview | None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
     """A byte range of a source shard, counted from the start of its file."""
@@ -122,14 +130,17 @@ class Encode:
         """As `Copy.held_bytes`; codes are no wider than half of what they are made of, or as wide as one byte."""
         return 2 * self.span.length
 
-    def work(self, lane: Lane, data: memoryview, whole: Extent | None) -> EncodedBlock:
+    def work(
+        self, lane: Lane, data: memoryview, whole: Extent | None, importance_of: ImportanceOf = _alike
+    ) -> EncodedBlock:
         """Quantize the row block.
 
         Raises:
             NonFiniteWeight: NaN or Inf in it.
         """
         spec, shape = self.weight.tensor, (self.count, self.weight.cols)
-        found = lane.encode(data, spec.dtype, shape, self.scheme, whole)
+        importance = importance_of(self.scheme, self.weight.module)
+        found = lane.encode(data, spec.dtype, shape, self.scheme, whole, importance)
         if not found.finite:
             raise _non_finite(lane.first_nonfinite(data, spec.dtype, shape), self.span.shard, spec.name, self.first)
         return found
@@ -149,7 +160,9 @@ class Slab:
         """As `Copy.held_bytes`."""
         return 2 * self.span.length
 
-    def work(self, lane: Lane, data: memoryview, block: BlockSize) -> tuple[Extent, tuple[SlabBlock, ...]]:
+    def work(
+        self, lane: Lane, data: memoryview, block: BlockSize, importance_of: ImportanceOf = _alike
+    ) -> tuple[Extent, tuple[SlabBlock, ...]]:
         """Give the extent of the slab, if its units share one, and their blocks in order.
 
         Raises:
@@ -165,7 +178,8 @@ class Slab:
             if unit.scheme is None:
                 blocks.append((number, True, gather_rows(data, unit, 0, unit.rows)))
             else:
-                blocks += self._encode(lane, data, block, number, unit, unit.scheme, extent)
+                importance = importance_of(unit.scheme, unit.module)
+                blocks += self._encode(lane, data, block, number, unit, unit.scheme, extent, importance)
         return extent, tuple(blocks)
 
     def _encode(
@@ -177,6 +191,7 @@ class Slab:
         unit: Unit,
         scheme: Scheme,
         whole: Extent,
+        importance: memoryview | None,
     ) -> Iterator[SlabBlock]:
         if scheme.weights.strategy == "tensor":
             every = gather_rows(data, unit, 0, unit.rows)
@@ -185,7 +200,7 @@ class Slab:
         for first in range(0, unit.rows, step):
             count = min(step, unit.rows - first)
             rows, shape = gather_rows(data, unit, first, count), (count, unit.cols)
-            found = lane.encode(rows, unit.tensor.dtype, shape, scheme, whole)
+            found = lane.encode(rows, unit.tensor.dtype, shape, scheme, whole, importance)
             if not found.finite:
                 place = lane.first_nonfinite(rows, unit.tensor.dtype, shape)
                 raise _non_finite(place, self.span.shard, unit.tensor.name, first)
@@ -253,7 +268,13 @@ class Decoding:
         return read_rows(self.decode, self.rows, read)
 
     def work(
-        self, lane: Lane, stored: Stored, whole: Extent | None, traits: Traits, block: BlockSize
+        self,
+        lane: Lane,
+        stored: Stored,
+        whole: Extent | None,
+        traits: Traits,
+        block: BlockSize,
+        importance_of: ImportanceOf = _alike,
     ) -> tuple[SlabBlock, ...]:
         """Give the row blocks in order.
 
@@ -266,13 +287,14 @@ class Decoding:
         if scheme is None and self.decode.stack is not None:
             return ((self.unit, self.is_last, self._transposed(lane, stored)),)
         blocks: list[SlabBlock] = []
+        importance = importance_of(scheme, unit.module) if scheme is not None else None
         for number, rows in enumerate(parts, 1):
             is_last = self.is_last and number == len(parts)
             if scheme is None:
                 blocks.append((self.unit, is_last, self._rounded(lane, stored, rows)))
             else:
                 found = self._recode(stored, rows, scheme, traits) if self.recodes else None
-                found = found or self._encode(lane, stored, rows, scheme, whole)
+                found = found or self._encode(lane, stored, rows, scheme, whole, importance)
                 kept = found if len(parts) == 1 else _keep(found)
                 blocks.append((self.unit, is_last, kept))
         return tuple(blocks)
@@ -286,9 +308,17 @@ class Decoding:
         shared = None if again.global_scale is None else _octets(again.global_scale)
         return EncodedBlock(tensors, measured, finite=True, global_scale=shared)
 
-    def _encode(self, lane: Lane, stored: Stored, rows: range, scheme: Scheme, whole: Extent | None) -> EncodedBlock:
+    def _encode(
+        self,
+        lane: Lane,
+        stored: Stored,
+        rows: range,
+        scheme: Scheme,
+        whole: Extent | None,
+        importance: memoryview | None,
+    ) -> EncodedBlock:
         data, shape = _values(self.decode, stored, rows), (len(rows), self.decode.cols)
-        found = lane.encode(data, DECODED, shape, scheme, whole)
+        found = lane.encode(data, DECODED, shape, scheme, whole, importance)
         if not found.finite:
             raise self._non_finite(lane, data, rows)
         return found

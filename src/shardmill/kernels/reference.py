@@ -449,6 +449,7 @@ def encode(
     scale_dtype: str,
     whole: Extent | None = None,
     search: Search | None = None,
+    importance: Tensor | None = None,
 ) -> Encoded:
     """Quantize one row block of a weight.
 
@@ -464,6 +465,7 @@ def encode(
         scale_dtype: safetensors name of the dtype of FP8 and INT scales; NVFP4 and MX have one of their own.
         whole: extent of the tensor (strategy `tensor`) or of its fused set (`tensor_group`).
         search: how scales are chosen; None: from the extremes of each tile alone.
+        importance: for a search, what errors in each column are multiplied with; float32 [K].
 
     Raises:
         ValueError: `whole` is missing.
@@ -475,7 +477,7 @@ def encode(
     if search is not None:
         from shardmill.kernels import reference_search  # which is written in terms of this module
 
-        qparams = reference_search.choose(tiles, extremes, qparams, args, search)
+        qparams = reference_search.choose(tiles, extremes, qparams, args, search, importance)
     codes, found = _encode_tiles(tiles, qparams, args)
     codes = _from_tiles(codes, (rows.shape[0], rows.shape[1]))
     tensors = _stored_codes(codes, args, format) | _stored_qparams(qparams, args, format)

@@ -45,6 +45,8 @@ class _Tiles:
     """Twice the norm."""
     count: int
     """Elements of a tile."""
+    importance: Tensor | None
+    """What errors are multiplied with: float32 [Cb, bc], the largest of a tile from 1 to 2."""
 
     @property
     def amax(self) -> Tensor:
@@ -53,7 +55,12 @@ class _Tiles:
 
 
 def choose(
-    values: Tensor, extremes: tuple[Tensor, Tensor], start: Qparams, args: WeightArgs, search: Search
+    values: Tensor,
+    extremes: tuple[Tensor, Tensor],
+    start: Qparams,
+    args: WeightArgs,
+    search: Search,
+    importance: Tensor | None = None,
 ) -> Qparams:
     """Choose the scales of tiles, each the min/max scale or a better one.
 
@@ -63,9 +70,11 @@ def choose(
         start: the min/max scales.
         args: how to quantize.
         search: what counts as better.
+        importance: of each column, at least 0; float32 [K].
     """
     size = values.shape[1] * values.shape[3]
-    tiles = _Tiles(values, *extremes, args, moves_of(args), round(2 * search.norm), size)
+    weights = None if importance is None else scaled(importance, values.shape[3])
+    tiles = _Tiles(values, *extremes, args, moves_of(args), round(2 * search.norm), size, weights)
     best, found, improved = start, _cost(tiles, start), torch.zeros_like(start.scale, dtype=torch.bool)
     step = start.step.squeeze((1, 3))
     fits = (tiles.amax > 0) & (step >= _LEAST_STEP) & (step <= _LARGEST_STEP)
@@ -84,6 +93,19 @@ def choose(
     quantum = _quantum(tiles)
     gain = _exact_cost(tiles, best, quantum) + tiles.count * quantum < _exact_cost(tiles, start, quantum)
     return _where(improved & gain, best, start)
+
+
+def scaled(importance: Tensor, width: int) -> Tensor:
+    """Multiply the importance of the columns of each tile with a power of two, so that the largest is from 1 to 2.
+
+    float32 [K] -> [Cb, width]; only what is important within a tile counts, and powers of two round nothing.
+
+    >>> scaled(torch.tensor([3.0, 1.0, 0.0, 0.0]), 2).tolist()
+    [[1.5, 0.5], [0.0, 0.0]]
+    """
+    tiles = torch.nn.functional.pad(importance, (0, -len(importance) % width)).view(-1, width)
+    exponents = tiles.amax(1, keepdim=True).view(torch.int32) >> 23
+    return tiles * ((254 - exponents).clamp(min=1) << 23).view(torch.float32)
 
 
 def _where(mask: Tensor, one: Qparams, other: Qparams) -> Qparams:
@@ -133,6 +155,8 @@ def _cost(tiles: _Tiles, qparams: Qparams) -> Tensor:
     values = quotient.clone()
     round_codes(values, tiles.args)
     error = _power(quotient.sub_(values).abs_(), tiles.halves)
+    if tiles.importance is not None:
+        error = error * tiles.importance
     magic = torch.full((), tiles.moves.magic, dtype=torch.float32, device=error.device)
     most = torch.nextafter(magic, torch.zeros_like(magic))
     counts = torch.minimum(error, most).add_(magic).view(torch.int32).sub_(magic.view(torch.int32))
@@ -160,5 +184,7 @@ def _exact_cost(tiles: _Tiles, qparams: Qparams, quantum: Tensor) -> Tensor:
     values = quotients(tiles.values, qparams)
     round_codes(values, tiles.args)
     error = _power(dequantize(values, qparams).sub_(tiles.values).abs_().to(torch.float64), tiles.halves)
+    if tiles.importance is not None:
+        error = error * tiles.importance.to(torch.float64)
     magic = spread(quantum * 1.5 * 2.0**52)
     return error.add_(magic).sub_(magic).sum((1, 3))

@@ -27,7 +27,20 @@ from shardmill.errors import Interrupted, NonFiniteWeight
 from shardmill.kernels.crew import Crew, crew_of
 from shardmill.kernels.decode import Stored
 from shardmill.kernels.lanes import EncodedBlock, Lane, needs_torch
-from shardmill.kernels.pieces import Copies, Copy, Decoding, Encode, Gauge, Measure, Piece, Slab, SlabBlock, Twice, cut
+from shardmill.kernels.pieces import (
+    Copies,
+    Copy,
+    Decoding,
+    Encode,
+    Gauge,
+    ImportanceOf,
+    Measure,
+    Piece,
+    Slab,
+    SlabBlock,
+    Twice,
+    cut,
+)
 from shardmill.kernels.recode import Traits
 from shardmill.kernels.scan import index_of
 
@@ -54,7 +67,7 @@ def _at_once(_ranges: Sequence[tuple[int, int]]) -> bool:
     return True
 
 
-def encode_shard(
+def encode_shard(  # noqa: PLR0913 - what comes from outside, each with a default
     shard: ShardPlan,
     read: ReadRange,
     write: WriteChunk,
@@ -65,6 +78,7 @@ def encode_shard(
     new_scratch: NewScratch = tempfile.TemporaryFile,
     on_nonfinite: OnNonFinite = lambda _found: None,
     layout: ShardLayout | None = None,
+    importance_of: ImportanceOf = lambda _scheme, _module: None,
 ) -> tuple[WeightRecord, ...]:
     """Compute one output shard and hand its data section to `write`, in the planned order and without the header.
 
@@ -74,6 +88,7 @@ def encode_shard(
 
     Args:
         layout: of the shard, where it is known already.
+        importance_of: how much errors in each input feature of a module count, where scales are searched.
 
     Raises:
         NonFiniteWeight: NaN or Inf in a weight that is to be quantized; the first in the order of the output.
@@ -83,7 +98,7 @@ def encode_shard(
     crew = crew_of(device, is_torch=needs_torch(shard, device))
     layout = layout or shard.layout()
     output = _Output(layout, write, new_scratch)
-    encoding = _Encoding(crew, cut(shard, layout.units, crew.block), read, announce, output, should_stop)
+    encoding = _Encoding(crew, cut(shard, layout.units, crew.block), read, announce, output, should_stop, importance_of)
     try:
         crew.work_on(encoding)
     finally:
@@ -271,6 +286,7 @@ class _Encoding:
     announce: Announce
     output: _Output
     should_stop: Callable[[], bool]
+    importance_of: ImportanceOf
     taken: int = 0
     put_off: Twice | None = None
     """What was announced and put off; no piece is taken until it is heard."""
@@ -417,7 +433,7 @@ class _Encoding:
         if piece.key is not None and whole is None:
             return _nothing  # a piece before this one fails the job
         traits = self.traits.get(piece.key or "", Traits())
-        blocks = piece.work(lane, stored, whole, traits, self.crew.block)
+        blocks = piece.work(lane, stored, whole, traits, self.crew.block, self.importance_of)
         return self._writes(blocks, {}, lane, whole or Extent())
 
     def _look_at(self, number: int, lane: Lane, data: memoryview) -> tuple[int, int] | None:
@@ -444,12 +460,12 @@ class _Encoding:
         whole = None if piece.key is None else self._extent(piece.key)
         if piece.key is not None and whole is None:
             return _nothing  # a piece before this one fails the job
-        block = piece.work(lane, data, whole)
+        block = piece.work(lane, data, whole, self.importance_of)
         scale = lambda: lane.global_scale(whole or Extent())  # noqa: E731 - made where it is needed
         return lambda: self.output.put_block(piece.unit, block, scale, is_last=piece.is_last)
 
     def _encode_slab(self, piece: Slab, lane: Lane, data: memoryview) -> Callable[[], None]:
-        whole, blocks = piece.work(lane, data, self.crew.block)
+        whole, blocks = piece.work(lane, data, self.crew.block, self.importance_of)
         copied = {n: self._look_at(n, lane, block) for n, _, block in blocks if not isinstance(block, EncodedBlock)}
         return self._writes(blocks, copied, lane, whole)
 

@@ -16,6 +16,7 @@ from shardmill.core.plan import ShardPlan
 from shardmill.core.receipt import NonFinite, Receipt
 from shardmill.errors import Interrupted, SourceChanged, TransferDamaged, show
 from shardmill.stages.devices import DevicePool, limit_threads
+from shardmill.stages.importance import importance_of
 from shardmill.stages.plan import collection_paused
 from shardmill.stages.validate import check_unchanged
 from shardmill.storage.folder import FileIdentity, Reader
@@ -242,6 +243,7 @@ def _compute(sources: _Sources, store: Store, controls: Controls) -> Receipt:
                 new_scratch=store.new_scratch,
                 on_nonfinite=nonfinite.append,
                 layout=layout,
+                importance_of=importance_of,
             )
         except BaseException:
             writer.abort()
