@@ -51,7 +51,7 @@ def _at_once(_ranges: Sequence[tuple[int, int]]) -> bool:
     return True
 
 
-def encode_shard(
+def encode_shard(  # noqa: PLR0913 - what a caller has and may leave out, by name
     shard: ShardPlan,
     read: ReadRange,
     write: WriteChunk,
@@ -62,6 +62,7 @@ def encode_shard(
     new_scratch: NewScratch = tempfile.TemporaryFile,
     on_nonfinite: OnNonFinite = lambda _found: None,
     layout: ShardLayout | None = None,
+    peek: ReadRange | None = None,
 ) -> tuple[WeightRecord, ...]:
     """Compute one output shard and hand its data section to `write`, in the planned order and without the header.
 
@@ -71,6 +72,7 @@ def encode_shard(
 
     Args:
         layout: of the shard, where it is known already.
+        peek: reads what lies out of turn, such as scales; `read` where there is none.
 
     Raises:
         NonFiniteWeight: NaN or Inf in a weight that is to be quantized; the first in the order of the output.
@@ -80,7 +82,7 @@ def encode_shard(
     crew = crew_of(device, is_torch=needs_torch(shard, device))
     layout = layout or shard.layout()
     output = _Output(layout, write, new_scratch)
-    encoding = _Encoding(crew, cut(shard, layout.units, crew.block), read, announce, output, should_stop)
+    encoding = _Encoding(crew, cut(shard, layout.units, crew.block), read, peek or read, announce, output, should_stop)
     try:
         crew.work_on(encoding)
     finally:
@@ -265,6 +267,7 @@ class _Encoding:
     crew: Crew
     pieces: Iterator[Piece | Twice]
     read: ReadRange
+    peek: ReadRange
     announce: Announce
     output: _Output
     should_stop: Callable[[], bool]
@@ -339,7 +342,7 @@ class _Encoding:
     def _fetch(self, piece: Piece, lane: Lane) -> memoryview | Stored:
         """What a piece is made of."""
         if isinstance(piece, Gauge | Decoding):
-            return piece.fetch(self.read)
+            return piece.fetch(self.read, self.peek)
         data = lane.staging(piece.span.length)
         if piece.span.length:
             self.read(piece.span.shard, piece.span.begin, data)
