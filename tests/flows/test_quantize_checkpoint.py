@@ -16,6 +16,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from torch import Tensor
 
 import checkpoints
+import quantized
 from served import Ask, artifacts, run_id, states
 from shardmill.core.recipe import uniform
 from shardmill.errors import DestinationInvalid, NonFiniteWeight, Refused, ShardFailures
@@ -298,4 +299,19 @@ def test_non_finite_weights_are_copied_where_they_are_allowed(tmp_path: Path, as
 
     quantize_checkpoint(ask(scheme="NVFP4A16", allow_nonfinite=True))
 
+    assert files(tmp_path / "result") == files(tmp_path / "loop" / "result")
+
+
+@pytest.mark.parametrize("choices", [{"dequantize": True}, {"scheme": "NVFP4A16"}])
+def test_a_source_that_is_quantized_already(tmp_path: Path, ask: Ask, choices: dict[str, Any]) -> None:
+    stored, _ = quantized.encode_all(checkpoints.llama(), quantized.block_fp8)
+    source = checkpoints.write(
+        tmp_path / "fp8", checkpoints.deal(stored, 5), quantized.config_of(quantized.CASES["fp8 blocks"][1])
+    )
+    request = ask(source=str(source), **choices)
+    run(Locations(source=str(source), destination=str(tmp_path / "loop" / "result")), request.to_recipe())
+
+    summary = quantize_checkpoint(request)
+
+    assert summary.shards == 5
     assert files(tmp_path / "result") == files(tmp_path / "loop" / "result")

@@ -262,3 +262,12 @@ def test_a_plan_survives_being_sent(tmp_path: Path) -> None:
     digests = {shard.name: "blake3:00" for shard in plan.shards}
     assert [s.job_key(digests) for s in again.shards] == [s.job_key(digests) for s in plan.shards]
     assert json.loads(json.dumps(plan.shards[0].job())) == plan.shards[0].job()
+
+
+def test_codes_are_read_once_although_their_scales_lie_behind_them(tmp_path: Path) -> None:
+    weights = {f"m.{n}.down_proj.weight": gaussian(n, 2048, 4096) for n in range(3)}
+    stored, _ = encode_all(weights, block_fp8)
+    source = write(tmp_path / "source", [stored], config_of(FP8))
+    size = (source / "model.safetensors").stat().st_size
+    (outcome,) = convert(source, tmp_path / "out", uniform("FP8_DYNAMIC")).outcomes
+    assert size <= outcome.bytes_read <= 1.01 * size

@@ -260,11 +260,12 @@ class _Planner:
 
     def _keep(self, spec: TensorSpec, decision: _Decision) -> _Decision:
         """Copy a tensor that would be quantized or split; its modules stay dense."""
-        stack = parse_stack(spec.name, spec.shape)
+        stack = decision.decode.stack if decision.decode else parse_stack(spec.name, spec.shape)
         if stack is not None and stack.param == "weight":
             self.linear_modules += [stack.whole, *stack.modules(0)]
         is_dense = decision.action == QUANTIZE
-        return decision._replace(action=COPY, reason=self.kept[spec.name], group=-1, layout=None, is_dense=is_dense)
+        action = DEQUANTIZE if decision.decode else COPY
+        return decision._replace(action=action, reason=self.kept[spec.name], group=-1, layout=None, is_dense=is_dense)
 
     def _decide(self, spec: TensorSpec) -> _Decision:
         module, param = split_name(spec.name)

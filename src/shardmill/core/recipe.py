@@ -162,16 +162,7 @@ def parse_recipe(data: Any) -> Recipe:
     unknown = sorted(set(map(str, data)) - _FIELDS)
     if unknown:
         raise _invalid(f"unknown fields: {', '.join(map(show, unknown))}", f"known: {', '.join(sorted(_FIELDS))}")
-    is_given = "groups" in data or "scheme" in data
-    if ("groups" in data) == ("scheme" in data) and (is_given or data.get("dequantize") is not True):
-        raise _invalid("give either `scheme` or `groups`")
-    entries = (
-        []
-        if not is_given
-        else data["groups"]
-        if "groups" in data
-        else [{k: data[k] for k in ("scheme", "group_size", "targets") if k in data}]
-    )
+    entries = _entries(data)
     if not isinstance(entries, Sequence) or isinstance(entries, str):
         raise _invalid("groups must be a list")
     options = {
@@ -221,6 +212,19 @@ def _parse_rows(data: Mapping[str, Any], name: str, least: int) -> tuple[tuple[s
     if wrong := [row for row in rows if len(row) < least or any("." in leaf for leaf in row)]:
         raise _invalid(f"{name} holds {wrong[0]!r}, expected {least} or more leaf names without dots"[:200])
     return rows
+
+
+_UNIFORM: Final = ("scheme", "group_size", "targets")
+
+
+def _entries(data: Mapping[Any, Any]) -> Any:
+    """What a recipe says of its groups; none where it dequantizes."""
+    given = [name for name in ("groups", *_UNIFORM) if data.get(name)]
+    if data.get("dequantize") is True and not given:
+        return []
+    if ("groups" in data) == ("scheme" in data):
+        raise _invalid("give either `scheme` or `groups`")
+    return data["groups"] if "groups" in data else [{k: data[k] for k in _UNIFORM if k in data}]
 
 
 def _parse_group(entry: Any, search: Any) -> Group:

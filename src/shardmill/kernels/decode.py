@@ -60,8 +60,11 @@ class Stored:
         return sum(array.nbytes for array in self.arrays.values())
 
 
-def read_rows(decode: Decode, rows: range, read: ReadRange) -> Stored:
+def read_rows(decode: Decode, rows: range, read: ReadRange, peek: ReadRange | None = None) -> Stored:
     """Read what the values of some rows are made of.
+
+    Args:
+        peek: reads all that is no code; it may lie anywhere.
 
     Raises:
         CheckpointInvalid: the stored shape of the weight is another one.
@@ -69,14 +72,15 @@ def read_rows(decode: Decode, rows: range, read: ReadRange) -> Stored:
     whole = range(rows.start, rows[-1] + 1)
     arrays: dict[str, Array] = {}
     for role, ref in decode.parts:
+        take = read if role == CODES or peek is None else peek
         if role == SHAPE:
-            _check_shape(decode, ref, _read_all(ref, read))
+            _check_shape(decode, ref, _read_all(ref, take))
         elif role in (GLOBAL_SCALE, ORDER):
-            arrays[role] = _read_all(ref, read)
+            arrays[role] = _read_all(ref, take)
         elif decode.is_transposed:
-            arrays[role] = _read_columns(ref, _columns(decode, role, ref, whole), read)
+            arrays[role] = _read_columns(ref, _columns(decode, role, ref, whole), take)
         else:
-            arrays[role] = _read_rows(ref, _stored_rows(decode, role, ref, whole), read)
+            arrays[role] = _read_rows(ref, _stored_rows(decode, role, ref, whole), take)
     return Stored(whole, arrays)
 
 

@@ -221,9 +221,9 @@ class Gauge:
         """As `Copy.held_bytes`."""
         return _decoded_bytes(self.decode, self.rows)
 
-    def fetch(self, read: ReadRange) -> Stored:
-        """Read what the values are made of."""
-        return read_rows(self.decode, self.rows, read)
+    def fetch(self, read: ReadRange, peek: ReadRange) -> Stored:
+        """Read what the values are made of; see `decode.read_rows`."""
+        return read_rows(self.decode, self.rows, read, peek)
 
     def work(self, lane: Lane, stored: Stored, block: BlockSize) -> Extent:
         """Find the extent of the rows.
@@ -263,9 +263,9 @@ class Decoding:
         """As `Copy.held_bytes`."""
         return _decoded_bytes(self.decode, self.rows)
 
-    def fetch(self, read: ReadRange) -> Stored:
-        """Read what the values are made of."""
-        return read_rows(self.decode, self.rows, read)
+    def fetch(self, read: ReadRange, peek: ReadRange) -> Stored:
+        """Read what the values are made of; see `decode.read_rows`."""
+        return read_rows(self.decode, self.rows, read, peek)
 
     def work(
         self,

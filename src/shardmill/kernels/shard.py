@@ -79,6 +79,7 @@ def encode_shard(  # noqa: PLR0913 - what comes from outside, each with a defaul
     on_nonfinite: OnNonFinite = lambda _found: None,
     layout: ShardLayout | None = None,
     importance_of: ImportanceOf = lambda _scheme, _module: None,
+    peek: ReadRange | None = None,
 ) -> tuple[WeightRecord, ...]:
     """Compute one output shard and hand its data section to `write`, in the planned order and without the header.
 
@@ -89,6 +90,7 @@ def encode_shard(  # noqa: PLR0913 - what comes from outside, each with a defaul
     Args:
         layout: of the shard, where it is known already.
         importance_of: how much errors in each input feature of a module count, where scales are searched.
+        peek: reads what lies out of turn, such as scales; `read` where there is none.
 
     Raises:
         NonFiniteWeight: NaN or Inf in a weight that is to be quantized; the first in the order of the output.
@@ -98,7 +100,16 @@ def encode_shard(  # noqa: PLR0913 - what comes from outside, each with a defaul
     crew = crew_of(device, is_torch=needs_torch(shard, device))
     layout = layout or shard.layout()
     output = _Output(layout, write, new_scratch)
-    encoding = _Encoding(crew, cut(shard, layout.units, crew.block), read, announce, output, should_stop, importance_of)
+    encoding = _Encoding(
+        crew,
+        cut(shard, layout.units, crew.block),
+        read,
+        peek or read,
+        announce,
+        output,
+        should_stop,
+        importance_of,
+    )
     try:
         crew.work_on(encoding)
     finally:
@@ -283,6 +294,7 @@ class _Encoding:
     crew: Crew
     pieces: Iterator[Piece | Twice]
     read: ReadRange
+    peek: ReadRange
     announce: Announce
     output: _Output
     should_stop: Callable[[], bool]
@@ -358,7 +370,7 @@ class _Encoding:
     def _fetch(self, piece: Piece, lane: Lane) -> memoryview | Stored:
         """What a piece is made of."""
         if isinstance(piece, Gauge | Decoding):
-            return piece.fetch(self.read)
+            return piece.fetch(self.read, self.peek)
         data = lane.staging(piece.span.length)
         if piece.span.length:
             self.read(piece.span.shard, piece.span.begin, data)

@@ -104,6 +104,18 @@ class _Sources:
         self.reported += fresh
         self.on_bytes(fresh)
 
+    def peek(self, name: str, offset: int, view: memoryview) -> None:
+        """Read a little out of turn, such as scales that lie behind their codes.
+
+        The hash of the shard goes on where it is: reading all up to here for it would read the codes twice.
+        """
+        if name != self.shard.name:
+            self.read(name, offset, view)
+            return
+        self.open(name).read_into(offset, view)
+        if self.source.folder.traits.is_remote:
+            self._confirm(name, offset, view)
+
     def announce(self, ranges: Sequence[tuple[int, int]]) -> bool:
         """Hear of ranges of the shard itself that are about to be read twice; see `Reader.announce`."""
         return self.open(self.shard.name).announce(ranges)
@@ -244,6 +256,7 @@ def _compute(sources: _Sources, store: Store, controls: Controls) -> Receipt:
                 on_nonfinite=nonfinite.append,
                 layout=layout,
                 importance_of=importance_of,
+                peek=sources.peek,
             )
         except BaseException:
             writer.abort()

@@ -69,7 +69,7 @@ def _check_partners(shard: ShardPlan, source: SourceFolder) -> list[Problem]:
         refs = {(ref.data_start, ref.spec) for ref in shard.refs() if ref.shard == name}
         there = frozenset(header.tensors)
         moved = sorted(spec.name for start, spec in refs if start != header.data_start or spec not in there)
-        message = "a tensor that this shard's weights need is no longer where it was planned"
+        message = "a fused partner, or a part of a weight in this shard, is no longer where it was planned"
         problems += [
             Problem(file=name, tensor=t, kind="source-changed", message=message, way_out="run again") for t in moved
         ]
