@@ -2,7 +2,7 @@
 
 import sys
 
-from shardmill.cli import main
+from shardmill.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())
