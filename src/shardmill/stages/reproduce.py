@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Final
 
-from shardmill.core.assemble import LAYOUT_VERSION
 from shardmill.core.digest import Digest
+from shardmill.core.groups import LAYOUT_VERSION
 from shardmill.core.header import TensorSpec
 from shardmill.core.layout import Placed
 from shardmill.core.manifest import Manifest
