@@ -33,7 +33,7 @@ def bound(rate: float) -> None:
         read_into(reader, offset, view)
         time.sleep(max(0.0, until - time.monotonic()))
 
-    RangeReader.read_into = slow  # type: ignore[method-assign]  # the disk is made slow
+    RangeReader.read_into = slow  # type: ignore[assignment,method-assign]  # the disk is made slow
 
 
 def convert(source: Path, home: Path, schemes: Sequence[str], *, is_together: bool) -> float:

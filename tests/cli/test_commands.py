@@ -35,6 +35,7 @@ from shardmill.core.recipe import uniform
 from shardmill.core.shell import quote
 from shardmill.errors import StorageFailed
 from shardmill.stages import pipeline
+from shardmill.stages import quantize as quantize_module
 
 BASH = shutil.which("bash") or "bash"
 PROGRAM = "import sys\nfrom shardmill.cli import main\nsys.exit(main())"
@@ -348,7 +349,7 @@ def test_several_schemes_give_a_result_each(source: Path, tmp_path: Path, capsys
 def test_one_of_several_schemes_may_fail(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    quantize = pipeline.quantize_shard
+    quantize = quantize_module.quantize_shard
 
     def fail(shard: ShardPlan, *more: Any) -> ShardOutcome:
         if shard.number == 1 and shard.schemes[0].preset == "W4A16":

@@ -297,6 +297,7 @@ def test_a_result_of_another_plan_is_refused(source: Path, tmp_path: Path, capsy
         (["run", "source", "result", "--card", "source/config.json"], "a file that shardmill did not write"),
         (["verify", "source", "--sha256", "source"], "expected a file, found a folder"),
         (["verify", "source", "--reproduce", "a"], "expected --against SRC"),
+        (["verify", "x", "--against", "y", "--reproduce", "a", "--sha256", "z"], "goes without --sha256"),
         (["verify", "source", "--against", "source", "--reproduce", "a"], "`shardmill.json`: file is missing"),
         (["store", "ls"], "expected a store, found none"),
         (["store", "verify", "--store", "source"], "expected a store, found none"),

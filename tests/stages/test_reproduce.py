@@ -171,7 +171,7 @@ def test_a_manifest_that_knows_no_content_of_the_source_is_refused(home: Path, t
 
 def of_the_first_shard(home: Path) -> str:
     """A tensor of the first shard."""
-    index = json.loads((home / "source" / "model.safetensors.index.json").read_text())["weight_map"]
+    index: dict[str, str] = json.loads((home / "source" / "model.safetensors.index.json").read_text())["weight_map"]
     return next(name for name, shard in index.items() if shard.startswith("model-00001"))
 
 

@@ -13,6 +13,7 @@ import checkpoints
 from shardmill.core.recipe import Recipe, parse_recipe
 from shardmill.errors import DestinationInvalid, Interrupted, Refused, ShardFailures, StorageFailed
 from shardmill.stages import pipeline
+from shardmill.stages import quantize as quantize_module
 from shardmill.stages.pipeline import RunOptions, RunResult, Watcher, run
 from shardmill.stages.plan import Locations
 from shardmill.stages.several import prepare_several, run_several
@@ -145,7 +146,7 @@ def test_a_failure_in_one_does_not_lose_the_other(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lead: int
 ) -> None:
     monkeypatch.setattr(shared, "LEAD_BYTES", lead)
-    quantize = pipeline.quantize_shard
+    quantize = quantize_module.quantize_shard
 
     def fail(shard, source, store, controls):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
         if shard.number == 2 and any(scheme.preset == "W4A16" for scheme in shard.schemes):

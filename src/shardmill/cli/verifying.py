@@ -92,6 +92,9 @@ def _reproduce(options: Options, console: Console, watch: VerifyWatch, notes: li
     if options.against is None:
         message = "expected --against SRC: a tensor is made again from its source"
         raise Refused([Problem(kind="source-unknown", message=message)])
+    if options.sha256:
+        message = "--reproduce does nothing else, and so goes without --sha256"
+        raise Refused([Problem(kind="options-exclude", message=message, way_out="run verify twice")])
     made: list[Reproduction] = []
     problems: list[Problem] = []
     for tensor in options.reproduce:
