@@ -118,7 +118,7 @@ def check_cell(zoo: Zoo, name: str, scheme: str) -> Cell:
     assert name not in REFUSED, "it was not refused"
     assert verify(str(result)) == []
     before, after = load_file(source / "model.safetensors"), load_file(result / "model.safetensors")
-    modules = _quantized(after)
+    modules = quantized(after)
     assert modules, "nothing is quantized"
     config = json.loads((result / "config.json").read_text())["quantization_config"]
     check_names(ZOO[name], model, modules)
@@ -145,7 +145,7 @@ def check_cell(zoo: Zoo, name: str, scheme: str) -> Cell:
     )
 
 
-def _quantized(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def quantized(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Params of every module that has a scale."""
     names = {name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")}
     found: dict[str, dict[str, Tensor]] = {name: {} for name in sorted(names)}

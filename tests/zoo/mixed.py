@@ -15,7 +15,7 @@ from shardmill.core.recipe import parse_recipe
 from shardmill.stages.pipeline import RunOptions, run
 from shardmill.stages.plan import Locations
 from shardmill.stages.verify import verify
-from zoo.battery import Zoo, library_schemes, shapes_of
+from zoo.battery import Zoo, library_schemes, quantized, shapes_of
 
 ATTENTION: Final = r"re:.*\.(self_attn|attention|linear_attn)\..*"
 EXPERTS: Final = r"re:.*\.experts\..*"
@@ -86,7 +86,7 @@ def check_mixed(zoo: Zoo, name: str) -> list[Row]:
     assert verify(str(result)) == []
     after = load_file(result / "model.safetensors")
     config = json.loads((result / "config.json").read_text())["quantization_config"]
-    modules = _params(after)
+    modules = quantized(after)
     by_library = library_schemes(config, shapes_of(after, modules))
     read = QuantizationConfig.model_validate(dict(config))
     apply_quantization_config(model, read, show_progress=False)
@@ -100,11 +100,3 @@ def check_mixed(zoo: Zoo, name: str) -> list[Row]:
         assert in_memory == wanted, (name, module)
         rows.add(Row(name, re.sub(r"\.\d+\.", ".N.", module), wanted, _label(scheme), in_memory))
     return sorted(rows)
-
-
-def _params(after: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    names = {key.removesuffix(".weight_scale") for key in after if key.endswith(".weight_scale")}
-    return {
-        name: {key.rpartition(".")[2]: tensor for key, tensor in after.items() if key.rpartition(".")[0] == name}
-        for name in names
-    }

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from zoo.battery import REFUSED, SCHEMES, ZOO, Zoo, check_cell
+from zoo.battery import (
+    REFUSED,
+    SCHEMES,
+    ZOO,
+    Zoo,
+    check_cell,
+    check_copies,
+    check_experts,
+    check_global_scales,
+    check_heads,
+    check_names,
+    check_resolution,
+    quantized,
+)
 from zoo.mixed import MODELS as MIXED
 from zoo.mixed import check_mixed
 
@@ -31,6 +47,29 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
 @pytest.mark.parametrize(("name", "scheme"), FEW)
 def test_a_few_architectures_are_converted_as_others_read_them(zoo: Zoo, name: str, scheme: str) -> None:
     assert (check_cell(zoo, name, scheme).outcome == "ok") == (name not in REFUSED)
+
+
+def test_the_battery_notices_what_is_wrong(zoo: Zoo) -> None:
+    check_cell(zoo, "granitemoe", "W4A16")
+    source, model = zoo.source("granitemoe")
+    result = source.parent / "W4A16"
+    before, after = load_file(source / "model.safetensors"), load_file(result / "model.safetensors")
+    config = json.loads((result / "config.json").read_text())["quantization_config"]
+    modules = quantized(after)
+    check_resolution(config, after, modules)
+    with pytest.raises(AssertionError):  # the router is in reach of `Linear`
+        check_resolution({**config, "ignore": ["lm_head"]}, after, modules)
+    with pytest.raises(AssertionError):  # stacks cut along the other axis
+        check_experts("llama4", "W4A16", before, after)
+    with pytest.raises(AssertionError):  # a copied tensor that differs
+        check_copies(before, after | {"model.norm.weight": after["model.norm.weight"] + 1}, modules)
+    with pytest.raises(AssertionError):  # a quantized head
+        check_names(ZOO["granitemoe"], model, {**modules, "lm_head": {}})
+    with pytest.raises(AssertionError):
+        check_heads("granitemoe", model, {"ignore": []})
+    scales = {f"m.{leaf}_proj": {"weight_global_scale": torch.tensor([float(n)])} for n, leaf in enumerate("qk")}
+    with pytest.raises(AssertionError):
+        check_global_scales(scales)
 
 
 @pytest.mark.slow
