@@ -221,10 +221,9 @@ class Result:
 
 def make_heavy_tailed(folder: Path) -> tuple[Path, Tensor]:
     """Write a small Llama whose weights have the tails of Student's t with 4 degrees, and tokens for it to read."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    transformers: Any = importlib.import_module("transformers")
     torch.manual_seed(5)
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         hidden_size=512,
         intermediate_size=1536,
         num_hidden_layers=4,
@@ -233,7 +232,7 @@ def make_heavy_tailed(folder: Path) -> tuple[Path, Tensor]:
         vocab_size=512,
         tie_word_embeddings=False,
     )
-    model = LlamaForCausalLM(config)
+    model = transformers.LlamaForCausalLM(config)
     tails = torch.distributions.StudentT(4.0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
