@@ -93,14 +93,25 @@ def _reference_main() -> None:
         except Exception as failure:  # noqa: BLE001 - whatever it is, it is reported
             error = f"{type(failure).__name__}: {failure}"
         told[folder] = error, time.process_time() - started
+        _told(Path(folder)).write_text(json.dumps(told[folder]), encoding="utf-8")
     sys.stdout.write("\n" + json.dumps(told) + "\n")
+
+
+def _told(folder: Path) -> Path:
+    """Where error and seconds of a job are kept, so that it need not be done again."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return folder.with_name(f"{folder.name}.told.json")
 
 
 def quantize_with_reference(jobs: Sequence[tuple[Path, Case, str]], source: Path) -> dict[Path, tuple[str, float]]:
     """Run jobs, each a folder to write, a case and an observer or nothing."""
     from reference.compare_quality import REFERENCE_PYTHON, THREADS
 
-    wanted = [[str(folder), case.preset, case.group_size, observer] for folder, case, observer in jobs]
+    wanted = [
+        [str(folder), case.preset, case.group_size, observer]
+        for folder, case, observer in jobs
+        if not _told(folder).exists()
+    ]
     done = subprocess.run(
         [REFERENCE_PYTHON, __file__, "--reference"],
         check=False,
@@ -112,8 +123,11 @@ def quantize_with_reference(jobs: Sequence[tuple[Path, Case, str]], source: Path
     )
     if done.returncode:
         raise RuntimeError(f"{REFERENCE_PYTHON} ended with {done.returncode}: {done.stderr[-2000:]}")
-    told = json.loads(done.stdout.splitlines()[-1])
-    return {Path(folder): (error, seconds) for folder, (error, seconds) in told.items()}
+    found: dict[Path, tuple[str, float]] = {}
+    for folder, _, _ in jobs:
+        error, seconds = json.loads(_told(folder).read_text(encoding="utf-8"))
+        found[folder] = error, seconds
+    return found
 
 
 # ---- our side ---------------------------------------------------------------------------------------------------
@@ -221,10 +235,9 @@ class Result:
 
 def make_heavy_tailed(folder: Path) -> tuple[Path, Tensor]:
     """Write a small Llama whose weights have the tails of Student's t with 4 degrees, and tokens for it to read."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    transformers: Any = importlib.import_module("transformers")
     torch.manual_seed(5)
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         hidden_size=512,
         intermediate_size=1536,
         num_hidden_layers=4,
@@ -233,7 +246,7 @@ def make_heavy_tailed(folder: Path) -> tuple[Path, Tensor]:
         vocab_size=512,
         tie_word_embeddings=False,
     )
-    model = LlamaForCausalLM(config)
+    model = transformers.LlamaForCausalLM(config)
     tails = torch.distributions.StudentT(4.0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -246,12 +259,12 @@ def make_heavy_tailed(folder: Path) -> tuple[Path, Tensor]:
 class Bench:
     """A checkpoint, its judge, and all results of its cases."""
 
-    def __init__(self, title: str, source: Path, tokens: Tensor, folder: Path) -> None:
-        self.title, self.source, self.folder = title, source, folder
+    def __init__(self, title: str, source: Path, tokens: Tensor, folder: Path, kept: Path) -> None:
+        self.title, self.source, self.folder, self.kept = title, source, folder, kept
         self.judge = Judge(source, tokens)
         self.weights = tensors_of(source)
         jobs = [
-            (self._place(case, observer or "minmax"), case, observer)
+            (self.kept / (observer or "minmax") / case.name, case, observer)
             for case in CASES
             for observer in ("", *case.observers)
         ]
@@ -265,7 +278,8 @@ class Bench:
         found = {
             MINMAX_THEIRS: self._their(case, "minmax"),
             SEARCHED_THEIRS: min(
-                (self._their(case, observer) for observer in case.observers), key=lambda result: result.error
+                (self._their(case, observer) for observer in case.observers),
+                key=lambda result: math.inf if result.failure else result.error,
             ),
         }
         for variant, search in ((MINMAX_OURS, "none"), (SEARCHED_OURS, "mse")):
@@ -277,7 +291,7 @@ class Bench:
         return found
 
     def _their(self, case: Case, variant: str) -> Result:
-        place = self._place(case, variant)
+        place = self.kept / variant / case.name
         failure, seconds = self.theirs[place]
         if failure:
             return Result({}, math.nan, math.nan, seconds, failure.splitlines()[0])
@@ -304,8 +318,12 @@ def rows(bench: Bench, case: Case, results: Mapping[str, Result]) -> Iterator[st
         mark = "**" if result.divergence == least else ""
         yield (
             f"| {case.name} | {variant} | {relative:.5f} | {mark}{result.divergence:.4f}{mark} |"
-            f" {result.perplexity:.2f} | {result.seconds:.2f} | {remark(variant, results)} |"
+            f" {result.perplexity:.2f} | {_seconds(result)} | {remark(variant, results)} |"
         )
+
+
+def _seconds(result: Result) -> str:
+    return "-" if math.isnan(result.seconds) else f"{result.seconds:.2f}"
 
 
 def remark(variant: str, results: Mapping[str, Result]) -> str:
@@ -315,7 +333,11 @@ def remark(variant: str, results: Mapping[str, Result]) -> str:
     ours, theirs = results[SEARCHED_OURS], results[SEARCHED_THEIRS]
     worse = worse_weights(results)
     of_ours = f"time x{ours.seconds / results[MINMAX_OURS].seconds:.2f} of min/max"
-    of_theirs = "" if theirs.failure else f", x{ours.seconds / theirs.seconds:.2f} of the reference's search"
+    of_theirs = (
+        ""
+        if theirs.failure or math.isnan(theirs.seconds)
+        else f", x{ours.seconds / theirs.seconds:.2f} of the reference's search"
+    )
     return f"{of_ours}{of_theirs}; {len(worse)} of {len(ours.errors)} weights worse than another variant"
 
 
@@ -355,24 +377,28 @@ def report(bench: Bench) -> tuple[list[str], list[str]]:
     return [*text, ""], bad
 
 
-def benches(folder: Path) -> Iterator[Bench]:
-    """Both checkpoints."""
+def benches(folder: Path, kept: Path, only: str | None) -> Iterator[Bench]:
+    """Both checkpoints, or one."""
     from transformers import AutoTokenizer
 
     from reference.compare_quality import EXAMPLE, TEXT
     from shardmill.example import prepare
 
-    source = prepare(EXAMPLE, cache=EXAMPLE.parent / "cache")
-    tokens = torch.tensor(AutoTokenizer.from_pretrained(source)(TEXT.read_text(encoding="utf-8"))["input_ids"])
-    yield Bench("SmolLM2-135M-Instruct", source, tokens, folder / "smollm2")
-    source, tokens = make_heavy_tailed(folder / "heavy-tailed-source")
-    yield Bench("Heavy tails", source, tokens, folder / "heavy-tailed")
+    if only in (None, "smollm2"):
+        source = prepare(EXAMPLE, cache=EXAMPLE.parent / "cache")
+        tokens = torch.tensor(AutoTokenizer.from_pretrained(source)(TEXT.read_text(encoding="utf-8"))["input_ids"])
+        yield Bench("SmolLM2-135M-Instruct", source, tokens, folder / "smollm2", kept / "smollm2")
+    if only in (None, "heavy-tailed"):
+        source, tokens = make_heavy_tailed(folder / "heavy-tailed-source")
+        yield Bench("Heavy tails", source, tokens, folder / "heavy-tailed", kept / "heavy-tailed")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the tables, or be the other side."""
     parser = argparse.ArgumentParser(description="Compare the search for scales with the reference system.")
     parser.add_argument("--write", type=Path, metavar="FILE", help="also write the tables, as Markdown")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the reference's results there, and use them")
+    parser.add_argument("--only", choices=("smollm2", "heavy-tailed"), help="one of the checkpoints")
     parser.add_argument("--reference", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.reference:
@@ -382,7 +408,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text: list[str] = []
     bad: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        for bench in benches(Path(folder)):
+        for bench in benches(Path(folder), chosen.keep or Path(folder), chosen.only):
             lines, worse = report(bench)
             text += lines
             bad += worse

@@ -372,7 +372,8 @@ def _scaled(importance: npt.NDArray[np.float32], width: int) -> npt.NDArray[np.f
     tiles = np.pad(importance, (0, -len(importance) % width)).reshape(-1, width)
     exponents = tiles.max(1, keepdims=True).view(np.uint32) >> np.uint32(23)
     factors = np.maximum(254 - exponents.astype(np.int32), 1).astype(np.uint32) << np.uint32(23)
-    return (tiles * factors.view(np.float32)).reshape(-1)[: len(importance)]
+    scaled: npt.NDArray[np.float32] = (tiles * factors.view(np.float32)).reshape(-1)[: len(importance)]
+    return scaled
 
 
 def _codes(octets: Array, args: WeightArgs, format: str, tiling: Tiling) -> tuple[str, Array]:  # noqa: A002 - as above

@@ -12,7 +12,9 @@ from functools import lru_cache
 from math import inf
 from typing import Final
 
+from shardmill.core.checks import check_shard
 from shardmill.core.header import LENGTH_BYTES, TensorSpec, header_length, parse_header
+from shardmill.core.layout import Unit
 from shardmill.core.plan import Plan
 from shardmill.core.recipe import Recipe
 from shardmill.core.scheme import Scheme
@@ -81,24 +83,25 @@ def resolve_importance(recipe: Recipe) -> Recipe:
 
 def check_importance(plan: Plan) -> list[Problem]:
     """Find every quantized module whose importance is absent or cannot be used."""
-    return sorted(
-        problem
-        for shard in plan.shards
-        for tensor in shard.tensors
-        if tensor.scheme >= 0
-        for unit in shard.units_of(tensor)
-        if unit.scheme is not None
-        for problem in _check(shard.name, unit.module, unit.cols, unit.scheme)
-    )
+    found: list[Problem] = []
+    for shard in plan.shards:
+        weighed = {
+            number for number, scheme in enumerate(shard.schemes) if scheme.search and scheme.search.importance_file
+        }
+        unsound = {problem.tensor for problem in check_shard(shard)} if weighed else set()
+        for tensor in shard.tensors:
+            if tensor.scheme in weighed and tensor.spec.name not in unsound:
+                for unit in shard.units_of(tensor):
+                    found += _check(shard.name, unit, shard.schemes[tensor.scheme])
+    return sorted(found)
 
 
-def _check(shard: str, module: str, cols: int, scheme: Scheme) -> Iterator[Problem]:
-    if scheme.search is None or not scheme.search.importance_file:
-        return
-    found = read_importance(scheme.search.importance_file)
-    spec = found.find(module)
+def _check(shard: str, unit: Unit, scheme: Scheme) -> Iterator[Problem]:
+    found = _file_of(scheme)
+    module, cols = unit.module, unit.cols
+    spec = found.find(module) if found else None
     way_out = "ignore the module, or give it an entry"
-    if spec is None:
+    if found is None or spec is None:
         message = f"the file of importance has no entry {show(module)}"
         yield Problem(file=shard, tensor=module, kind="importance-missing", message=message, way_out=way_out)
     elif spec.dtype != "F32" or spec.shape != (cols,):
@@ -109,15 +112,21 @@ def _check(shard: str, module: str, cols: int, scheme: Scheme) -> Iterator[Probl
         yield Problem(file=shard, tensor=module, kind="importance-value", message=message, way_out=way_out)
 
 
+def _file_of(scheme: Scheme) -> Importance | None:
+    if scheme.search is None or not scheme.search.importance_file:
+        return None
+    return read_importance(scheme.search.importance_file)
+
+
 def importance_of(scheme: Scheme, module: str) -> memoryview | None:
     """How much errors in each input feature of a module count; None for all alike.
 
     Raises:
         SourceChanged: the file is not the planned one.
     """
-    if scheme.search is None or not scheme.search.importance_file:
+    found = _file_of(scheme)
+    if found is None or scheme.search is None:
         return None
-    found = read_importance(scheme.search.importance_file)
     spec = found.find(module)
     if spec is None or found.digest != scheme.search.importance:
         raise SourceChanged(f"{show(scheme.search.importance_file)} changed after the plan was made; run again")
