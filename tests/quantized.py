@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.entrypoints.convert.converters import AutoAWQConverter, ModelOptNvfp4Converter
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, preset_name_to_scheme
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
@@ -262,12 +263,44 @@ def _ct_case(scheme: Any, form: str) -> tuple[Maker, dict[str, Any]]:
     return partial(compressed, scheme=scheme, form=form), ct(scheme, form)
 
 
+def _ordered(weight: Tensor) -> Layer:
+    """Columns whose groups are mixed, as older releases of compressed-tensors store them; newer ones refuse to."""
+    rows, cols = weight.shape
+    order = torch.arange(cols) // 32
+    order = order[torch.randperm(cols, generator=torch.Generator().manual_seed(5))]
+    values = weight.float()
+    amax = torch.stack([values[:, order == group].abs().amax(1) for group in range(cols // 32)], 1)
+    scale = (amax / 7.5).clamp(min=1e-6).bfloat16()
+    spread = scale.float()[:, order]
+    codes = (values / spread).round().clamp(-8, 7).to(torch.int8)
+    tensors = {
+        "weight_packed": pack_to_int32(codes, 4),
+        "weight_scale": scale,
+        "weight_g_idx": order.to(torch.int32),
+        "weight_shape": torch.tensor([rows, cols]),
+    }
+    return Layer(tensors, codes.float() * spread)
+
+
+def _ordered_section() -> dict[str, Any]:
+    section = ct(ints(4), "pack-quantized")
+    section["config_groups"]["group_0"]["weights"]["actorder"] = "group"
+    return section
+
+
+def _fp4_dtype(weight: Tensor) -> Layer:
+    made = deepseek_fp4(weight)
+    codes = made.tensors["weight"].view(torch.float4_e2m1fn_x2)
+    return Layer({**made.tensors, "weight": codes}, made.values)
+
+
 CASES: dict[str, tuple[Maker, dict[str, Any]]] = {
     "fp8 blocks": (block_fp8, FP8),
     "fp8 blocks, bf16 scales": (partial(block_fp8, scale=torch.bfloat16), FP8),
     "fp8 blocks, E8M0 scales": (partial(block_fp8, scale_param="scale", scale=torch.float8_e8m0fnu), FP8),
     "fp8 blocks of 64x32": (partial(block_fp8, block=(64, 32)), FP8 | {"weight_block_size": [64, 32]}),
     "DeepSeek fp4": (deepseek_fp4, FP8),
+    "DeepSeek fp4 under its own dtype": (_fp4_dtype, FP8),
     "ModelOpt fp8": (modelopt_fp8, MODELOPT),
     "ModelOpt fp8 per channel": (partial(modelopt_fp8, per="channel"), MODELOPT),
     "ModelOpt nvfp4": (modelopt_nvfp4, MODELOPT),
@@ -281,6 +314,7 @@ CASES: dict[str, tuple[Maker, dict[str, Any]]] = {
     "CT packed int4 asymmetric": _ct_case(ints(4, symmetric=False), "pack-quantized"),
     "CT packed int3 asymmetric": _ct_case(ints(3, symmetric=False), "pack-quantized"),
     "CT packed int8 channel": _ct_case(ints(8, strategy="channel", group_size=None), "pack-quantized"),
+    "CT packed int4, act-order": (_ordered, _ordered_section()),
     "CT nvfp4": _ct_case(scheme_of("NVFP4A16"), "nvfp4-pack-quantized"),
     "CT mxfp4": _ct_case(scheme_of("MXFP4A16"), "mxfp4-pack-quantized"),
     "CT mxfp8": _ct_case(scheme_of("MXFP8A16"), "mxfp8-quantized"),
