@@ -40,7 +40,15 @@ def tiles(weight: Tensor, height: int, width: int) -> Tensor:
     """Cut a matrix into `[rows, height, columns, width]`, padded with zeros."""
     rows, cols = weight.shape
     padded = pad(weight.float(), (0, -cols % width, 0, -rows % height))
-    return padded.unflatten(0, (-1, height)).unflatten(2, (-1, width))
+    cut: Tensor = padded.unflatten(0, (-1, height)).unflatten(2, (-1, width))
+    return cut
+
+
+def _read_fp8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """What transformers makes of FP8 or FP4 and its scales."""
+    reader: Any = Fp8Dequantize
+    read: Tensor = reader(None)._dequantize_one(codes, scales, dtype)
+    return read
 
 
 def block_fp8(
@@ -58,7 +66,7 @@ def block_fp8(
     scales = scales.to(scale)
     codes = (cut / scales.float()[:, None, :, None]).flatten(2, 3).flatten(0, 1)[:rows, :cols].to(torch.float8_e4m3fn)
     whole = pad(codes.float(), (0, -cols % block[1], 0, -rows % block[0]))
-    read = Fp8Dequantize(None)._dequantize_one(whole.to(torch.float8_e4m3fn), scales.float(), torch.float32)
+    read = _read_fp8(whole.to(torch.float8_e4m3fn), scales.float(), torch.float32)
     return Layer({"weight": codes, scale_param: scales}, read[:rows, :cols].contiguous())
 
 
@@ -67,9 +75,7 @@ def deepseek_fp4(weight: Tensor) -> Layer:
     made = mx("MXFP4A16", weight)
     codes, exponents = made.tensors["weight_packed"].view(torch.int8), made.tensors["weight_scale"]
     scale = exponents.view(torch.float8_e8m0fnu)
-    return Layer(
-        {"weight": codes, "scale": scale}, Fp8Dequantize(None)._dequantize_one(codes, scale.float(), torch.float32)
-    )
+    return Layer({"weight": codes, "scale": scale}, _read_fp8(codes, scale.float(), torch.float32))
 
 
 def _bounds(weight: Tensor, args: QuantizationArgs) -> tuple[Tensor, Tensor]:
@@ -151,6 +157,11 @@ def modelopt_nvfp4(weight: Tensor) -> Layer:
     return Layer(tensors, values)
 
 
+def _signed(words: Tensor) -> Tensor:
+    """Words of 32 bits, held in 64, as their type has them."""
+    return (words - ((words >> 31) << 32)).to(torch.int32)
+
+
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
@@ -159,7 +170,7 @@ def _awq_words(fields: Tensor) -> Tensor:
     words = torch.zeros(fields.shape[0], fields.shape[1] // 8, dtype=torch.int64)
     for place, column in enumerate(AWQ_ORDER):
         words |= fields[:, column::8].long() << 4 * place
-    return (words - ((words >> 31) << 32)).to(torch.int32)
+    return _signed(words)
 
 
 def awq(weight: Tensor, group: int = 32) -> Layer:
@@ -186,7 +197,7 @@ def _stream_down(fields: Tensor, bits: int) -> Tensor:
     """Pack `[K, columns]` into words that run down each column, value by value, low bits first."""
     flat = (fields.long()[:, None, :] >> torch.arange(bits)[None, :, None] & 1).flatten(0, 1)
     words = (flat.unflatten(0, (-1, 32)) << torch.arange(32)[None, :, None]).sum(1)
-    return (words - ((words >> 31) << 32)).to(torch.int32)
+    return _signed(words)
 
 
 def gptq(
@@ -256,7 +267,8 @@ def ct(scheme: Any, form: str) -> dict[str, Any]:
 
 
 def ints(bits: int, **fields: Any) -> Any:
-    return scheme_of(num_bits=bits, type="int", **({"strategy": "group", "group_size": 32} | fields))
+    weights: dict[str, Any] = {"strategy": "group", "group_size": 32} | fields
+    return scheme_of(num_bits=bits, type="int", **weights)
 
 
 def _ct_case(scheme: Any, form: str) -> tuple[Maker, dict[str, Any]]:

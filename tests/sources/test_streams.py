@@ -221,14 +221,15 @@ def test_deepseek_in_one_pass_is_deepseek_dequantized_and_quantized(tmp_path: Pa
     def store(weight: Tensor) -> Layer:
         return block_fp8(weight)
 
-    stored, plain = {}, {}
+    stored: dict[str, Tensor] = {}
+    plain: dict[str, Tensor] = {}
     for name, tensor in deepseek().items():
         is_linear = any(part in name for part in ("_proj", "_with_mqa"))
-        found = encode_all(
+        layers = encode_all(
             {name.replace("_with_mqa", "_with_mqa_proj"): tensor} if is_linear else {name: tensor}, store
         )
-        stored |= {key.replace("_with_mqa_proj", "_with_mqa"): value for key, value in found[0].items()}
-        plain |= {key.replace("_with_mqa_proj", "_with_mqa"): value for key, value in found[1].items()}
+        stored |= {key.replace("_with_mqa_proj", "_with_mqa"): value for key, value in layers[0].items()}
+        plain |= {key.replace("_with_mqa_proj", "_with_mqa"): value for key, value in layers[1].items()}
     names = list(stored)
     parts = [{name: stored[name] for name in names[n::5]} for n in range(5)]  # scales are torn from their weights
     config = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "hidden_size": 128}
