@@ -17,7 +17,7 @@ from checkpoints import LLAMA, as_bytes, deal, gaussian, llama, read, write
 from quantized import AWQ_SECTION, CASES, FP8, Layer, awq, block_fp8, config_of, encode_all, gptq, small
 from shardmill.core.recipe import Recipe, dequantizing, uniform
 from shardmill.errors import Refused, ShardFailures, ShardmillError
-from shardmill.kernels import lanes, pieces
+from shardmill.kernels import decoding, lanes
 from shardmill.kernels.crew import _crews
 from shardmill.stages.pipeline import RunResult, run
 from shardmill.stages.plan import Locations, make_plan
@@ -43,7 +43,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Row blocks and panels of a few rows, so that small tensors have many."""
     monkeypatch.setattr(lanes, "CPU_BLOCK_BYTES", 1 << 12)
     monkeypatch.setattr("shardmill.kernels.crew.CPU_BLOCK_BYTES", 1 << 12)
-    monkeypatch.setattr(pieces, "PANEL_BYTES", 1 << 12)
+    monkeypatch.setattr(decoding, "PANEL_BYTES", 1 << 12)
     _crews.clear()
     yield
     _crews.clear()
@@ -76,7 +76,7 @@ def test_bytes_do_not_depend_on_the_size_of_blocks(tmp_path: Path, case: str, sc
         _crews.clear()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("shardmill.kernels.crew.CPU_BLOCK_BYTES", 4 << 20)
-            patch.setattr(pieces, "PANEL_BYTES", 16 << 20)
+            patch.setattr(decoding, "PANEL_BYTES", 16 << 20)
             convert(source, tmp_path / "whole", recipe, store=str(tmp_path / "other"))
         assert found == as_bytes(read(tmp_path / "whole"))
     else:

@@ -26,8 +26,9 @@ from shardmill.core.statistics import Extent, Statistics
 from shardmill.errors import Interrupted, NonFiniteWeight
 from shardmill.kernels.crew import Crew, crew_of
 from shardmill.kernels.decode import Stored
+from shardmill.kernels.decoding import Decoding, Gauge, SlabBlock
 from shardmill.kernels.lanes import EncodedBlock, Lane, needs_torch
-from shardmill.kernels.pieces import Copies, Copy, Decoding, Encode, Gauge, Measure, Piece, Slab, SlabBlock, Twice, cut
+from shardmill.kernels.pieces import Copies, Copy, Encode, Measure, Piece, Slab, Twice, cut
 from shardmill.kernels.recode import Traits
 from shardmill.kernels.scan import index_of
 
