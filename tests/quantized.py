@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.entrypoints.convert.converters import AutoAWQConverter, ModelOptNvfp4Converter
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, preset_name_to_scheme
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
@@ -39,7 +40,15 @@ def tiles(weight: Tensor, height: int, width: int) -> Tensor:
     """Cut a matrix into `[rows, height, columns, width]`, padded with zeros."""
     rows, cols = weight.shape
     padded = pad(weight.float(), (0, -cols % width, 0, -rows % height))
-    return padded.unflatten(0, (-1, height)).unflatten(2, (-1, width))
+    cut: Tensor = padded.unflatten(0, (-1, height)).unflatten(2, (-1, width))
+    return cut
+
+
+def _read_fp8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """What transformers makes of FP8 or FP4 and its scales."""
+    reader: Any = Fp8Dequantize
+    read: Tensor = reader(None)._dequantize_one(codes, scales, dtype)
+    return read
 
 
 def block_fp8(
@@ -57,7 +66,7 @@ def block_fp8(
     scales = scales.to(scale)
     codes = (cut / scales.float()[:, None, :, None]).flatten(2, 3).flatten(0, 1)[:rows, :cols].to(torch.float8_e4m3fn)
     whole = pad(codes.float(), (0, -cols % block[1], 0, -rows % block[0]))
-    read = Fp8Dequantize(None)._dequantize_one(whole.to(torch.float8_e4m3fn), scales.float(), torch.float32)
+    read = _read_fp8(whole.to(torch.float8_e4m3fn), scales.float(), torch.float32)
     return Layer({"weight": codes, scale_param: scales}, read[:rows, :cols].contiguous())
 
 
@@ -66,9 +75,7 @@ def deepseek_fp4(weight: Tensor) -> Layer:
     made = mx("MXFP4A16", weight)
     codes, exponents = made.tensors["weight_packed"].view(torch.int8), made.tensors["weight_scale"]
     scale = exponents.view(torch.float8_e8m0fnu)
-    return Layer(
-        {"weight": codes, "scale": scale}, Fp8Dequantize(None)._dequantize_one(codes, scale.float(), torch.float32)
-    )
+    return Layer({"weight": codes, "scale": scale}, _read_fp8(codes, scale.float(), torch.float32))
 
 
 def _bounds(weight: Tensor, args: QuantizationArgs) -> tuple[Tensor, Tensor]:
@@ -150,6 +157,11 @@ def modelopt_nvfp4(weight: Tensor) -> Layer:
     return Layer(tensors, values)
 
 
+def _signed(words: Tensor) -> Tensor:
+    """Words of 32 bits, held in 64, as their type has them."""
+    return (words - ((words >> 31) << 32)).to(torch.int32)
+
+
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
@@ -158,7 +170,7 @@ def _awq_words(fields: Tensor) -> Tensor:
     words = torch.zeros(fields.shape[0], fields.shape[1] // 8, dtype=torch.int64)
     for place, column in enumerate(AWQ_ORDER):
         words |= fields[:, column::8].long() << 4 * place
-    return (words - ((words >> 31) << 32)).to(torch.int32)
+    return _signed(words)
 
 
 def awq(weight: Tensor, group: int = 32) -> Layer:
@@ -185,7 +197,7 @@ def _stream_down(fields: Tensor, bits: int) -> Tensor:
     """Pack `[K, columns]` into words that run down each column, value by value, low bits first."""
     flat = (fields.long()[:, None, :] >> torch.arange(bits)[None, :, None] & 1).flatten(0, 1)
     words = (flat.unflatten(0, (-1, 32)) << torch.arange(32)[None, :, None]).sum(1)
-    return (words - ((words >> 31) << 32)).to(torch.int32)
+    return _signed(words)
 
 
 def gptq(
@@ -255,11 +267,43 @@ def ct(scheme: Any, form: str) -> dict[str, Any]:
 
 
 def ints(bits: int, **fields: Any) -> Any:
-    return scheme_of(num_bits=bits, type="int", **({"strategy": "group", "group_size": 32} | fields))
+    weights: dict[str, Any] = {"strategy": "group", "group_size": 32} | fields
+    return scheme_of(num_bits=bits, type="int", **weights)
 
 
 def _ct_case(scheme: Any, form: str) -> tuple[Maker, dict[str, Any]]:
     return partial(compressed, scheme=scheme, form=form), ct(scheme, form)
+
+
+def _ordered(weight: Tensor) -> Layer:
+    """Columns whose groups are mixed, as older releases of compressed-tensors store them; newer ones refuse to."""
+    rows, cols = weight.shape
+    order = torch.arange(cols) // 32
+    order = order[torch.randperm(cols, generator=torch.Generator().manual_seed(5))]
+    values = weight.float()
+    amax = torch.stack([values[:, order == group].abs().amax(1) for group in range(cols // 32)], 1)
+    scale = (amax / 7.5).clamp(min=1e-6).bfloat16()
+    spread = scale.float()[:, order]
+    codes = (values / spread).round().clamp(-8, 7).to(torch.int8)
+    tensors = {
+        "weight_packed": pack_to_int32(codes, 4),
+        "weight_scale": scale,
+        "weight_g_idx": order.to(torch.int32),
+        "weight_shape": torch.tensor([rows, cols]),
+    }
+    return Layer(tensors, codes.float() * spread)
+
+
+def _ordered_section() -> dict[str, Any]:
+    section = ct(ints(4), "pack-quantized")
+    section["config_groups"]["group_0"]["weights"]["actorder"] = "group"
+    return section
+
+
+def _fp4_dtype(weight: Tensor) -> Layer:
+    made = deepseek_fp4(weight)
+    codes = made.tensors["weight"].view(torch.float4_e2m1fn_x2)
+    return Layer({**made.tensors, "weight": codes}, made.values)
 
 
 CASES: dict[str, tuple[Maker, dict[str, Any]]] = {
@@ -268,6 +312,7 @@ CASES: dict[str, tuple[Maker, dict[str, Any]]] = {
     "fp8 blocks, E8M0 scales": (partial(block_fp8, scale_param="scale", scale=torch.float8_e8m0fnu), FP8),
     "fp8 blocks of 64x32": (partial(block_fp8, block=(64, 32)), FP8 | {"weight_block_size": [64, 32]}),
     "DeepSeek fp4": (deepseek_fp4, FP8),
+    "DeepSeek fp4 under its own dtype": (_fp4_dtype, FP8),
     "ModelOpt fp8": (modelopt_fp8, MODELOPT),
     "ModelOpt fp8 per channel": (partial(modelopt_fp8, per="channel"), MODELOPT),
     "ModelOpt nvfp4": (modelopt_nvfp4, MODELOPT),
@@ -281,6 +326,7 @@ CASES: dict[str, tuple[Maker, dict[str, Any]]] = {
     "CT packed int4 asymmetric": _ct_case(ints(4, symmetric=False), "pack-quantized"),
     "CT packed int3 asymmetric": _ct_case(ints(3, symmetric=False), "pack-quantized"),
     "CT packed int8 channel": _ct_case(ints(8, strategy="channel", group_size=None), "pack-quantized"),
+    "CT packed int4, act-order": (_ordered, _ordered_section()),
     "CT nvfp4": _ct_case(scheme_of("NVFP4A16"), "nvfp4-pack-quantized"),
     "CT mxfp4": _ct_case(scheme_of("MXFP4A16"), "mxfp4-pack-quantized"),
     "CT mxfp8": _ct_case(scheme_of("MXFP8A16"), "mxfp8-quantized"),

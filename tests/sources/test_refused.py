@@ -106,7 +106,7 @@ def test_a_plan_tells_what_is_read_with_what() -> None:
     plan = build_plan(checkpoint_of([FP8 | {"lm_head.weight": ("BF16", (64, 128))}]), uniform("NVFP4A16"))
     by_name = {tensor.spec.name: tensor for tensor in plan.shards[0].tensors}
     assert by_name["m.up_proj.weight"].reason == "target `Linear`; from fp8 in blocks of 128x128"
-    assert by_name["m.up_proj.weight_scale_inv"].reason == "read with `m.up_proj.weight`"
+    assert by_name["m.up_proj.weight_scale_inv"].reason == "read with its codes"
     assert by_name["m.up_proj.weight_scale_inv"].action == "part"
 
 
@@ -138,3 +138,92 @@ def test_patterns_of_the_source_are_matched_in_bounded_time(targets: list[str], 
     table = {f"{name}.{param.rpartition('.')[2]}": entry for param, entry in PACKED.items()}
     found = kinds(table, ct_section(targets))
     assert kind in found if kind else found == set()
+
+
+def module(**params: tuple[str, tuple[int, ...]]) -> dict[str, Any]:
+    return {f"m.up_proj.{param}": entry for param, entry in params.items()}
+
+
+AWQ = {"qweight": ("I32", (64, 8)), "qzeros": ("I32", (2, 8)), "scales": ("F16", (2, 64))}
+NVFP4 = {"weight_packed": ("U8", (64, 32)), "weight_scale": ("F8_E4M3", (64, 4)), "weight_global_scale": ("F32", (1,))}
+INT8 = {"weight": ("I8", (64, 64)), "weight_scale": ("F32", (64, 1))}
+WORDS = {"weight_packed": ("I32", (64, 8)), "weight_scale": ("F32", (64, 1)), "weight_shape": ("I64", (2,))}
+
+
+@pytest.mark.parametrize(
+    ("params", "section", "kind"),
+    [
+        (AWQ, {"quant_method": "awq"}, None),
+        (AWQ | {"scales": ("F16", (3, 64)), "qzeros": ("I32", (3, 8))}, None, "scale-shape"),
+        (AWQ | {"qzeros": ("I32", (2, 7))}, None, "scale-shape"),
+        (AWQ, {"quant_method": "awq", "version": "marlin"}, "source-unsupported"),
+        (AWQ, {"quant_method": "awq", "bits": 3}, "source-unsupported"),
+        (NVFP4, None, None),
+        (NVFP4 | {"weight_scale": ("F8_E4M3", (64, 5))}, None, "scale-shape"),
+        (NVFP4 | {"weight_global_scale": ("F32", (2,))}, None, "scale-shape"),
+        (NVFP4 | {"weight_packed": ("U8", (64, 32, 1))}, None, "codes-shape"),
+        (INT8, None, None),
+        (INT8 | {"weight_zero_point": ("I8", (64, 2))}, None, "scale-shape"),
+        (INT8 | {"weight_g_idx": ("I32", (64,)), "weight_scale": ("F32", (64, 2))}, None, None),
+        (INT8 | {"weight_g_idx": ("I32", (63,))}, None, "scale-shape"),
+        ({"weight": ("F8_E4M3", (64, 64)), "weight_scale": ("U8", (64, 3))}, None, "scale-shape"),
+        (WORDS, ct_section(["Linear"]), None),
+        (WORDS | {"weight_zero_point": ("I32", (9, 1))}, ct_section(["Linear"]), "scale-shape"),
+        (WORDS | {"weight_g_idx": ("I32", (3,))}, ct_section(["Linear"]), "scale-shape"),
+        ({"qweight": ("I32", (16, 64)), "scales": ("F16", (2, 64))}, {"quant_method": "gptq", "bits": 4}, None),
+        ({"qweight": ("I32", (16, 64)), "scales": ("F16", (3, 64))}, {"bits": 4}, "scale-shape"),
+        ({"qweight": ("I32", (16, 64)), "scales": ("F16", (2, 64))}, {"bits": 3}, "codes-shape"),
+        (
+            {"qweight": ("I32", (16, 64)), "scales": ("F16", (2, 64)), "qzeros": ("I32", (2, 7))},
+            {"bits": 4},
+            "scale-shape",
+        ),
+    ],
+)
+def test_shapes_must_go_together(params: Any, section: dict[str, Any] | None, kind: str | None) -> None:
+    found = kinds(module(**params), section)
+    assert kind in found if kind else found == set()
+
+
+def test_groups_that_do_not_fill_whole_words_are_told_by_the_scale() -> None:
+    section = ct_section(["Linear"])
+    section["config_groups"]["g"]["weights"] |= {"strategy": "group", "group_size": 20}
+    ragged = WORDS | {"weight_scale": ("F32", (64, 3))}
+    assert kinds(module(**ragged), section) == set()
+    section["config_groups"]["g"]["weights"] |= {"group_size": 32}
+    assert kinds(module(**ragged), section) == {"codes-shape"}
+
+
+@pytest.mark.parametrize("entry", ["x", {"weights": 1, "targets": ["Linear"]}, {}])
+def test_groups_that_are_none_are_problems(entry: Any) -> None:
+    section = ct_section(["Linear"])
+    section["config_groups"] = {"g": entry}
+    assert "config-invalid" in kinds(module(**WORDS), section)
+
+
+def test_an_expert_stack_needs_a_name_of_one() -> None:
+    table = {"m.other_blocks": ("U8", (2, 64, 3, 16)), "m.other_scales": ("U8", (2, 64, 3))}
+    assert kinds(table) == set()
+
+
+@pytest.mark.parametrize(
+    ("params", "label"),
+    [
+        ({"weight": ("F8_E4M3", (64, 128)), "weight_scale": ("F32", (64, 1))}, "FP8_DYNAMIC"),
+        ({"weight": ("F8_E4M3", (64, 128)), "weight_scale": ("F32", ())}, "float8 tensor"),
+        ({"weight": ("F8_E4M3", (64, 128)), "weight_scale": ("U8", (64, 4))}, "MXFP8"),
+        ({"weight": ("F8_E4M3", (256, 128)), "weight_scale_inv": ("F32", (2, 1))}, "FP8_BLOCK"),
+        ({"weight": ("F8_E4M3", (64, 128)), "weight_scale": ("F32", (64, 2))}, None),
+        ({"weight_packed": ("U8", (64, 64)), "weight_scale": ("U8", (64, 4))}, "MXFP4A16"),
+        (NVFP4, "NVFP4A16"),
+        (AWQ, "int4 group 32 asymmetric"),
+        (INT8, None),
+    ],
+)
+def test_what_is_left_alone_is_written_in_the_scheme_of_its_codes(params: Any, label: str | None) -> None:
+    table = {"m.q_proj.weight": ("BF16", (64, 128)), **module(**params)}
+    plan = build_plan(checkpoint_of([table]), uniform("W8A8", ignore="m.up_proj"))
+    assert check_plan(plan) == []
+    codes = next(t for t in plan.shards[0].tensors if t.decode is not None)
+    assert codes.action == ("quantize" if label else "dequantize")
+    assert not label or plan.shards[0].schemes[codes.scheme].label == label

@@ -17,7 +17,7 @@ from checkpoints import LLAMA, as_bytes, deal, gaussian, llama, read, write
 from quantized import AWQ_SECTION, CASES, FP8, Layer, awq, block_fp8, config_of, encode_all, gptq, small
 from shardmill.core.recipe import Recipe, dequantizing, uniform
 from shardmill.errors import Refused, ShardFailures, ShardmillError
-from shardmill.kernels import lanes, pieces
+from shardmill.kernels import decoding, lanes
 from shardmill.kernels.crew import _crews
 from shardmill.stages.pipeline import RunResult, run
 from shardmill.stages.plan import Locations, make_plan
@@ -43,7 +43,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Row blocks and panels of a few rows, so that small tensors have many."""
     monkeypatch.setattr(lanes, "CPU_BLOCK_BYTES", 1 << 12)
     monkeypatch.setattr("shardmill.kernels.crew.CPU_BLOCK_BYTES", 1 << 12)
-    monkeypatch.setattr(pieces, "PANEL_BYTES", 1 << 12)
+    monkeypatch.setattr(decoding, "PANEL_BYTES", 1 << 12)
     _crews.clear()
     yield
     _crews.clear()
@@ -76,7 +76,7 @@ def test_bytes_do_not_depend_on_the_size_of_blocks(tmp_path: Path, case: str, sc
         _crews.clear()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("shardmill.kernels.crew.CPU_BLOCK_BYTES", 4 << 20)
-            patch.setattr(pieces, "PANEL_BYTES", 16 << 20)
+            patch.setattr(decoding, "PANEL_BYTES", 16 << 20)
             convert(source, tmp_path / "whole", recipe, store=str(tmp_path / "other"))
         assert found == as_bytes(read(tmp_path / "whole"))
     else:
@@ -221,14 +221,15 @@ def test_deepseek_in_one_pass_is_deepseek_dequantized_and_quantized(tmp_path: Pa
     def store(weight: Tensor) -> Layer:
         return block_fp8(weight)
 
-    stored, plain = {}, {}
+    stored: dict[str, Tensor] = {}
+    plain: dict[str, Tensor] = {}
     for name, tensor in deepseek().items():
         is_linear = any(part in name for part in ("_proj", "_with_mqa"))
-        found = encode_all(
+        layers = encode_all(
             {name.replace("_with_mqa", "_with_mqa_proj"): tensor} if is_linear else {name: tensor}, store
         )
-        stored |= {key.replace("_with_mqa_proj", "_with_mqa"): value for key, value in found[0].items()}
-        plain |= {key.replace("_with_mqa_proj", "_with_mqa"): value for key, value in found[1].items()}
+        stored |= {key.replace("_with_mqa_proj", "_with_mqa"): value for key, value in layers[0].items()}
+        plain |= {key.replace("_with_mqa_proj", "_with_mqa"): value for key, value in layers[1].items()}
     names = list(stored)
     parts = [{name: stored[name] for name in names[n::5]} for n in range(5)]  # scales are torn from their weights
     config = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "hidden_size": 128}

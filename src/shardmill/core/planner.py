@@ -220,8 +220,8 @@ class _Planner:
         if spec.name == codes:
             return found
         if found.action == COPY:
-            return _Decision(COPY, f"stays with {show(codes)}")
-        return _Decision(PART, f"read with {show(codes)}")
+            return _Decision(COPY, "stays with its codes")
+        return _Decision(PART, "read with its codes")
 
     def _decide_codes(self, spec: TensorSpec, decode: Decode, shard: str) -> _Decision:
         """Choose for a weight that is quantized already, under the name of its codes."""

@@ -1,504 +1,31 @@
-"""Source formats: which tensors of a checkpoint are parts of weights that are quantized already, and what they mean.
+"""Which tensors of a checkpoint are parts of weights that are quantized already.
 
-A format is a row of `FORMATS`: the params that make up one weight, the dtypes they have, and a function from headers to
-a `Decode`. It is recognised by names, dtypes and shapes; config.json is asked only for what those do not tell. What
-fits no row, or several, is a problem, and so is a weight without its scale or a scale without its weight.
-
-Formulas: compressed-tensors (pack-quantized, int-, float- and naive-quantized, nvfp4, mxfp4, mxfp8), DeepSeek's block
-FP8 and FP4, OCP Microscaling 1.0 (E8M0, E2M1), ModelOpt, AutoAWQ's GEMM layout, GPTQ's layout (`gptq` stores zero
-points minus one, `gptq_v2` as they are).
+`core.formats` has the table of formats. What fits no row of it, or several, is a problem, and so is a weight without
+its scale or a scale without its weight.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from shardmill.core.dtypes import COMPUTABLE
 from shardmill.core.encoding import (
-    AWQ,
     CODES,
     E2M1,
-    E4M3,
-    GPTQ,
-    INT8,
     SCALE,
-    WORDS,
     Decode,
     TensorRef,
 )
 from shardmill.core.experts import HALVES, Stack
 from shardmill.core.foreign import levels
+from shardmill.core.formats import CODE_DTYPES, FORMATS, REFUSED, STATIC, Misfit, Params, SourceConfig
 from shardmill.core.matching import split_name
 from shardmill.core.plan import Checkpoint
-from shardmill.core.written import PLAIN_CONFIG, WrittenConfig, WrittenGroup, parse_written_config
-from shardmill.errors import Problem, RecipeInvalid, show
-
-_FLOATS: Final = frozenset({"F32", "BF16", "F16"})
-_EXPONENTS: Final = frozenset({"F8_E8M0", "U8"})
-_CODES: Final = frozenset({"F8_E4M3", "I8", "U8", "F4"})
-_BLOCK: Final = (128, 128)
-_WORD: Final = 32
-
-
-class _Misfit(Exception):
-    """Tensors that look like a format and cannot be it."""
-
-    def __init__(self, kind: str, message: str, way_out: str = "") -> None:
-        super().__init__(message)
-        self.kind, self.message, self.way_out = kind, message, way_out
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """What config.json says of the quantization of the checkpoint."""
-
-    section: Mapping[str, Any]
-    written: WrittenConfig | None
-    """Groups and patterns, where it is compressed-tensors."""
-
-    @property
-    def method(self) -> str:
-        """`quant_method`, lower case; empty where there is none."""
-        return str(self.section.get("quant_method") or "").lower()
-
-    def group_of(self, module: str) -> tuple[int, WrittenGroup | None]:
-        """Number and entry of the module's group; its patterns are matched in bounded time."""
-        if self.written is None:
-            return -1, None
-        try:
-            target = self.written.matcher.target_of(module)
-        except RecipeInvalid as error:  # a pattern of the source that cannot be matched in bounded time
-            raise _Misfit("source-ambiguous", error.problems[0].message, "correct the source's config.json") from error
-        return (target.group, self.written.groups[target.group]) if target is not None else (-1, None)
-
-
-Params = Mapping[str, TensorRef]
-"""Tensors of one module by param name."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SourceFormat:
-    """One way to store a weight: params by role, and what makes a `Decode` of them."""
-
-    name: str
-    codes: str
-    """Param that holds the codes."""
-    code_dtypes: frozenset[str]
-    scale: str
-    scale_dtypes: frozenset[str]
-    needs: tuple[str, ...] = ()
-    """Further params without which it is not this format."""
-    may_have: tuple[str, ...] = ()
-    methods: frozenset[str] = frozenset()
-    """Values of `quant_method` that go with it, beside none."""
-    build: Callable[[str, Params, _Source], Decode]
-
-    @property
-    def params(self) -> frozenset[str]:
-        """Every param that may belong to it."""
-        return frozenset((self.codes, self.scale, *self.needs, *self.may_have))
-
-    def fits(self, params: Params) -> bool:
-        """Whether names and dtypes are those of the format."""
-        return (
-            self.codes in params
-            and params[self.codes].spec.dtype in self.code_dtypes
-            and self.scale in params
-            and params[self.scale].spec.dtype in self.scale_dtypes
-            and all(name in params for name in self.needs)
-        )
-
-    def build_checked(self, module: str, params: Params, source: _Source) -> Decode:
-        """Make the `Decode` of a module whose params fit.
-
-        Raises:
-            _Misfit: config.json says otherwise, or shapes do not go together.
-        """
-        if source.method and source.method not in self.methods and source.method not in REFUSED:
-            message = f"{show(self.codes)} and {show(self.scale)} are not those of quant_method {show(source.method)}"
-            raise _Misfit("source-ambiguous", message, "correct the source's config.json")
-        return self.build(module, params, source)
-
-
-def _matrix(ref: TensorRef) -> tuple[int, int]:
-    shape = ref.spec.shape
-    if len(shape) != 2 or 0 in shape:
-        raise _Misfit("codes-shape", f"expected codes of a matrix, found shape {list(shape)}")
-    return shape[0], shape[1]
-
-
-def _bad_scale(ref: TensorRef, rows: int, cols: int, expected: str) -> _Misfit:
-    message = f"{show(split_name(ref.spec.name)[1])} of shape {list(ref.spec.shape)} does not scale [{rows}, {cols}]"
-    return _Misfit("scale-shape", f"{message}; expected {expected}")
-
-
-def _tile(scale: TensorRef, rows: int, cols: int, block: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns that share a scale, by its shape: tensor, channel, group, or blocks as told."""
-    shape = scale.spec.shape
-    if shape in ((), (1,), (1, 1)):
-        return rows, cols
-    if shape in ((rows,), (rows, 1)):
-        return 1, cols
-    if len(shape) == 2 and shape[0] == rows and cols % shape[1] == 0:
-        return 1, cols // shape[1]
-    if shape == (-(-rows // block[0]), -(-cols // block[1])):
-        return block
-    raise _bad_scale(scale, rows, cols, f"one per tensor, row, group or block of {block[0]}x{block[1]}")
-
-
-def _block_of(module: str, source: _Source) -> tuple[int, int]:
-    """Rows and columns of a block, as config.json says; 128x128 where it does not."""
-    _, group = source.group_of(module)
-    if group is not None and group.scheme.weights.block_structure:
-        return group.scheme.weights.block_structure
-    value = source.section.get("weight_block_size")
-    if value is None:
-        return _BLOCK
-    if not isinstance(value, list) or len(value) != 2 or not all(type(n) is int and n > 0 for n in value):
-        raise _Misfit("scale-shape", f"expected weight_block_size as two positive integers, found {value!r}"[:200])
-    return value[0], value[1]
-
-
-def _roles(params: Params, **roles: str) -> tuple[tuple[str, TensorRef], ...]:
-    return tuple((role, params[param]) for role, param in roles.items() if param in params)
-
-
-def _fp8(module: str, params: Params, source: _Source, scale: str) -> Decode:
-    rows, cols = _matrix(params["weight"])
-    found = params[scale]
-    tile = (1, 32) if found.spec.dtype == "U8" and scale == "weight_scale" else None
-    if tile and found.spec.shape != (rows, -(-cols // 32)):
-        raise _bad_scale(found, rows, cols, "one exponent per 32 columns")
-    tile = tile or _tile(found, rows, cols, _block_of(module, source))
-    name = "mxfp8" if tile == (1, 32) and found.spec.dtype in _EXPONENTS else "fp8"
-    return Decode(
-        format=f"{name} {_granularity(tile, rows, cols)}",
-        codes=E4M3,
-        bits=8,
-        rows=rows,
-        cols=cols,
-        tile=tile,
-        parts=_roles(params, codes="weight", scale=scale),
-        scheme=source.group_of(module)[0],
-    )
-
-
-def _granularity(tile: tuple[int, int], rows: int, cols: int) -> str:
-    if tile == (rows, cols):
-        return "per tensor"
-    if tile[0] == 1:
-        return "per channel" if tile[1] == cols else f"per group of {tile[1]}"
-    return f"in blocks of {tile[0]}x{tile[1]}"
-
-
-def _fp4_pairs(module: str, params: Params, source: _Source, codes: str, scale: str, group: int) -> tuple[int, int]:
-    del module, source
-    rows, cols = _matrix(params[codes])
-    cols = cols if params[codes].spec.dtype == "F4" else 2 * cols
-    if params[scale].spec.shape != (rows, -(-cols // group)):
-        raise _bad_scale(params[scale], rows, cols, f"one per {group} columns")
-    return rows, cols
-
-
-def _mxfp4(module: str, params: Params, source: _Source, codes: str, scale: str) -> Decode:
-    rows, cols = _fp4_pairs(module, params, source, codes, scale, 32)
-    return Decode(
-        format="mxfp4",
-        codes=E2M1,
-        bits=4,
-        rows=rows,
-        cols=cols,
-        tile=(1, 32),
-        parts=_roles(params, codes=codes, scale=scale),
-        scheme=source.group_of(module)[0],
-    )
-
-
-def _nvfp4(module: str, params: Params, source: _Source, codes: str, second: str) -> Decode:
-    rows, cols = _fp4_pairs(module, params, source, codes, "weight_scale", 16)
-    if params[second].spec.shape not in ((), (1,)):
-        raise _bad_scale(params[second], rows, cols, "one per tensor")
-    return Decode(
-        format="nvfp4" if second == "weight_global_scale" else "ModelOpt nvfp4",
-        codes=E2M1,
-        bits=4,
-        rows=rows,
-        cols=cols,
-        tile=(1, 16),
-        parts=_roles(params, codes=codes, scale="weight_scale", global_scale=second),
-        divides=second == "weight_global_scale",
-        scheme=source.group_of(module)[0],
-    )
-
-
-def _check_zero_point(ref: TensorRef | None, expected: tuple[int, ...], rows: int, cols: int) -> None:
-    if ref is not None and ref.spec.shape != expected and not (len(expected) == 2 and ref.spec.shape == expected[:1]):
-        raise _bad_scale(ref, rows, cols, f"shape {list(expected)}")
-
-
-def _int8(module: str, params: Params, source: _Source) -> Decode:
-    rows, cols = _matrix(params["weight"])
-    tile = _tile(params["weight_scale"], rows, cols, _block_of(module, source))
-    zero = params.get("weight_zero_point")
-    if zero is not None and (zero.spec.shape != params["weight_scale"].spec.shape or zero.spec.dtype != "I8"):
-        raise _bad_scale(zero, rows, cols, "zero points in I8, one for each scale")
-    if "weight_g_idx" in params:
-        _check_order(params["weight_g_idx"], cols)
-    return Decode(
-        format=f"int8 codes {_granularity(tile, rows, cols)}",
-        codes=INT8,
-        bits=8,
-        rows=rows,
-        cols=cols,
-        tile=tile,
-        parts=_roles(
-            params, codes="weight", scale="weight_scale", zero_point="weight_zero_point", g_idx="weight_g_idx"
-        ),
-        scheme=source.group_of(module)[0],
-    )
-
-
-def _check_order(ref: TensorRef, cols: int) -> None:
-    if ref.spec.shape != (cols,) or ref.spec.dtype not in ("I32", "I64"):
-        raise _Misfit("scale-shape", f"expected group numbers of {cols} columns, found shape {list(ref.spec.shape)}")
-
-
-def _packed(module: str, params: Params, source: _Source) -> Decode:
-    number, group = source.group_of(module)
-    if group is None or group.format != "pack-quantized":
-        message = "expected a pack-quantized group of quantization_config that tells its bits, found none"
-        raise _Misfit("source-ambiguous", message, "complete the source's config.json")
-    args = group.scheme.weights
-    bits, scale = args.num_bits, params["weight_scale"]
-    rows, words = _matrix(params["weight_packed"])
-    shape = scale.spec.shape
-    cols = words * _WORD // bits
-    if args.strategy == "group" and args.group_size and len(shape) == 2:
-        cols = shape[1] * args.group_size
-    if -(-cols * bits // _WORD) != words:
-        raise _Misfit("codes-shape", f"{words} words of {bits}-bit codes do not hold rows of {cols}")
-    tile = _tile(scale, rows, cols, _BLOCK)
-    groups = cols // tile[1] if tile[0] == 1 else 1
-    zero = params.get("weight_zero_point")
-    if zero is not None:
-        expected = (-(-rows * bits // _WORD), groups) if zero.spec.dtype == "I32" else shape
-        _check_zero_point(zero, expected, rows, cols)
-    if "weight_g_idx" in params:
-        _check_order(params["weight_g_idx"], cols)
-    return Decode(
-        format=f"int{bits} packed {_granularity(tile, rows, cols)}",
-        codes=WORDS,
-        bits=bits,
-        rows=rows,
-        cols=cols,
-        tile=tile,
-        bias=1 << (bits - 1),
-        parts=_roles(
-            params,
-            codes="weight_packed",
-            scale="weight_scale",
-            zero_point="weight_zero_point",
-            g_idx="weight_g_idx",
-            shape="weight_shape",
-        ),
-        scheme=number,
-    )
-
-
-def _transposed(module: str, params: Params, source: _Source) -> Decode:
-    """AWQ and GPTQ, told apart by the shapes of codes and scales."""
-    del module
-    inner, outer = _matrix(params["qweight"])
-    groups, rows = _matrix(params["scales"])
-    if outer * 8 == rows:
-        return _awq(params, source, rows, inner, groups)
-    if outer == rows:
-        return _gptq(params, source, rows, inner, groups)
-    message = f"qweight {[inner, outer]} and scales {[groups, rows]} are those of neither AWQ (GEMM) nor GPTQ"
-    raise _Misfit("codes-shape", message, "start from a checkpoint in one of these layouts")
-
-
-def _awq(params: Params, source: _Source, rows: int, cols: int, groups: int) -> Decode:
-    version = str(source.section.get("version") or "gemm").lower()
-    if version != "gemm" or source.section.get("bits", 4) != 4:
-        raise _Misfit("source-unsupported", "AWQ is read in its 4-bit GEMM layout alone", "convert it to that first")
-    zero = params.get("qzeros")
-    if cols % groups:
-        raise _bad_scale(params["scales"], rows, cols, "whole groups of columns")
-    if zero is not None:
-        _check_zero_point(zero, (groups, rows // 8), rows, cols)
-    _check_method(source, "awq")
-    return Decode(
-        format=f"AWQ int4 per group of {cols // groups}",
-        codes=AWQ,
-        bits=4,
-        rows=rows,
-        cols=cols,
-        tile=(1, cols // groups),
-        bias=8 if zero is None else 0,
-        parts=_roles(params, codes="qweight", scale="scales", zero_point="qzeros"),
-    )
-
-
-def _check_method(source: _Source, expected: str) -> None:
-    if source.method not in ("", expected):
-        message = f"the tensors are those of {expected}, quant_method in config.json is {show(source.method)}"
-        raise _Misfit("source-ambiguous", message, "correct the source's config.json")
-
-
-def _gptq(params: Params, source: _Source, rows: int, inner: int, groups: int) -> Decode:
-    _check_method(source, "gptq")
-    layout = str(source.section.get("checkpoint_format") or "gptq").lower()
-    if layout not in ("gptq", "gptq_v2"):
-        raise _Misfit("source-unsupported", f"GPTQ layout {show(layout)} is not read", "save it as gptq or gptq_v2")
-    bits = _gptq_bits(params, source, rows)
-    if inner * _WORD % bits:
-        raise _Misfit("codes-shape", f"{inner} words do not hold whole {bits}-bit codes")
-    cols = inner * _WORD // bits
-    if cols % groups:
-        raise _bad_scale(params["scales"], rows, cols, "whole groups of columns")
-    if "g_idx" in params:
-        _check_order(params["g_idx"], cols)
-    has_zeros = "qzeros" in params
-    return Decode(
-        format=f"GPTQ int{bits} per group of {cols // groups}",
-        codes=GPTQ,
-        bits=bits,
-        rows=rows,
-        cols=cols,
-        tile=(1, cols // groups),
-        bias=0 if has_zeros else 1 << (bits - 1),
-        zero_offset=1 if layout == "gptq" and has_zeros else 0,
-        parts=_roles(params, codes="qweight", scale="scales", zero_point="qzeros", g_idx="g_idx"),
-    )
-
-
-def _gptq_bits(params: Params, source: _Source, rows: int) -> int:
-    """Bits of a code: as wide as a zero point; where there is none, as config.json says."""
-    said = source.section.get("bits")
-    if "qzeros" not in params:
-        if said not in (2, 3, 4, 8):
-            raise _Misfit("source-ambiguous", "neither zero points nor config.json tell the bits of a code")
-        return int(said)
-    groups, words = _matrix(params["qzeros"])
-    bits, rest = divmod(words * _WORD, rows)
-    if rest or bits not in (2, 3, 4, 8) or groups != params["scales"].spec.shape[0]:
-        raise _bad_scale(params["qzeros"], rows, 0, "zero points of 2, 3, 4 or 8 bits, one for each scale")
-    if said not in (None, bits):
-        message = f"the tensors hold {bits}-bit codes, config.json says {said!r}"[:200]
-        raise _Misfit("source-ambiguous", message, "correct the source's config.json")
-    return bits
-
-
-_STATIC: Final = ("input_scale", "input_zero_point", "output_scale", "output_zero_point", "activation_scale")
-"""Static scales of activations: they belong to the old quantization, and go with it."""
-
-FORMATS: Final[tuple[SourceFormat, ...]] = (
-    SourceFormat(
-        name="fp8",
-        codes="weight",
-        code_dtypes=frozenset({"F8_E4M3"}),
-        scale="weight_scale_inv",
-        scale_dtypes=_FLOATS | _EXPONENTS,
-        may_have=_STATIC,
-        methods=frozenset({"fp8"}),
-        build=lambda module, params, source: _fp8(module, params, source, "weight_scale_inv"),
-    ),
-    SourceFormat(
-        name="fp8",
-        codes="weight",
-        code_dtypes=frozenset({"F8_E4M3"}),
-        scale="scale",
-        scale_dtypes=_FLOATS | _EXPONENTS,
-        may_have=_STATIC,
-        methods=frozenset({"fp8"}),
-        build=lambda module, params, source: _fp8(module, params, source, "scale"),
-    ),
-    SourceFormat(
-        name="fp4",
-        codes="weight",
-        code_dtypes=frozenset({"F4", "I8", "U8"}),
-        scale="scale",
-        scale_dtypes=_EXPONENTS,
-        methods=frozenset({"fp8"}),
-        build=lambda module, params, source: _mxfp4(module, params, source, "weight", "scale"),
-    ),
-    SourceFormat(
-        name="fp8",
-        codes="weight",
-        code_dtypes=frozenset({"F8_E4M3"}),
-        scale="weight_scale",
-        scale_dtypes=_FLOATS | _EXPONENTS,
-        may_have=_STATIC,
-        methods=frozenset({"compressed-tensors", "modelopt", "fp8", "fbgemm_fp8"}),
-        build=lambda module, params, source: _fp8(module, params, source, "weight_scale"),
-    ),
-    SourceFormat(
-        name="int8",
-        codes="weight",
-        code_dtypes=frozenset({"I8"}),
-        scale="weight_scale",
-        scale_dtypes=_FLOATS,
-        may_have=("weight_zero_point", "weight_g_idx", *_STATIC),
-        methods=frozenset({"compressed-tensors"}),
-        build=_int8,
-    ),
-    SourceFormat(
-        name="pack-quantized",
-        codes="weight_packed",
-        code_dtypes=frozenset({"I32"}),
-        scale="weight_scale",
-        scale_dtypes=_FLOATS,
-        may_have=("weight_zero_point", "weight_g_idx", "weight_shape", *_STATIC),
-        methods=frozenset({"compressed-tensors"}),
-        build=_packed,
-    ),
-    SourceFormat(
-        name="nvfp4",
-        codes="weight_packed",
-        code_dtypes=frozenset({"U8"}),
-        scale="weight_scale",
-        scale_dtypes=frozenset({"F8_E4M3"}),
-        needs=("weight_global_scale",),
-        may_have=("input_global_scale", *_STATIC),
-        methods=frozenset({"compressed-tensors"}),
-        build=lambda module, params, source: _nvfp4(module, params, source, "weight_packed", "weight_global_scale"),
-    ),
-    SourceFormat(
-        name="mxfp4",
-        codes="weight_packed",
-        code_dtypes=frozenset({"U8"}),
-        scale="weight_scale",
-        scale_dtypes=_EXPONENTS,
-        may_have=_STATIC,
-        methods=frozenset({"compressed-tensors"}),
-        build=lambda module, params, source: _mxfp4(module, params, source, "weight_packed", "weight_scale"),
-    ),
-    SourceFormat(
-        name="ModelOpt nvfp4",
-        codes="weight",
-        code_dtypes=frozenset({"U8"}),
-        scale="weight_scale",
-        scale_dtypes=frozenset({"F8_E4M3"}),
-        needs=("weight_scale_2",),
-        may_have=_STATIC,
-        methods=frozenset({"modelopt", "modelopt_fp4"}),
-        build=lambda module, params, source: _nvfp4(module, params, source, "weight", "weight_scale_2"),
-    ),
-    SourceFormat(
-        name="AWQ or GPTQ",
-        codes="qweight",
-        code_dtypes=frozenset({"I32"}),
-        scale="scales",
-        scale_dtypes=_FLOATS,
-        may_have=("qzeros", "g_idx"),
-        methods=frozenset({"awq", "gptq"}),
-        build=_transposed,
-    ),
-)
+from shardmill.core.written import PLAIN_CONFIG, WrittenConfig, parse_written_config
+from shardmill.errors import Problem, show
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
 """Endings of an expert stack in MXFP4, as gpt-oss has it."""
@@ -508,27 +35,9 @@ _OWN_PARAMS: Final = frozenset(p for row in FORMATS for p in row.params) - {"wei
     "qweight"
 }
 """Params that nothing but a quantized weight has."""
-_ORPHANS: Final = _OWN_PARAMS - frozenset(_STATIC) - _CODE_PARAMS
+_ORPHANS: Final = _OWN_PARAMS - frozenset(STATIC) - _CODE_PARAMS
 """Of these, those that mean nothing without a weight."""
 
-REFUSED: Final[Mapping[str, str]] = {
-    "bitsandbytes": "bitsandbytes",
-    "gguf": "GGUF",
-    "exl2": "EXL2",
-    "exl3": "EXL3",
-    "hqq": "HQQ",
-    "aqlm": "AQLM",
-    "vptq": "VPTQ",
-    "eetq": "EETQ",
-    "quip": "QuIP#",
-    "spqr": "SpQR",
-    "higgs": "HIGGS",
-    "bitnet": "BitNet",
-    "torchao": "torchao",
-    "quanto": "Quanto",
-    "auto-round": "AutoRound",
-}
-"""Values of `quant_method` that are not read, and what they are called."""
 _REFUSED_PARAMS: Final[Mapping[str, str]] = {
     "absmax": "bitsandbytes",
     "quant_map": "bitsandbytes",
@@ -589,7 +98,7 @@ def recognise(checkpoint: Checkpoint) -> Sources:
         message = f"config.json describes its quantization {len(sections)} times, and not alike"
         problems.append(Problem(file="config.json", kind="source-ambiguous", message=message, way_out="correct it"))
     section = sections[0] if sections else {}
-    source = _Source(section, _written(section))
+    source = SourceConfig(section, _written(section))
     weights: dict[str, Decode] = {}
     parts: dict[str, str] = {}
     for module, params in modules.items():
@@ -631,7 +140,7 @@ def _expressions(entry: Any) -> int:
     return sum(str(target).startswith("re:") for target in targets) if isinstance(targets, list) else 0
 
 
-def _group_entries(source: _Source) -> tuple[str, ...]:
+def _group_entries(source: SourceConfig) -> tuple[str, ...]:
     """What the source says of its groups, without targets, which are patterns of somebody else."""
     entries = source.section.get("config_groups")
     if source.written is None or not isinstance(entries, Mapping):
@@ -672,7 +181,7 @@ def _collect(
     for shard in checkpoint.shards:
         for spec in shard.header.tensors:
             module, param = split_name(spec.name)
-            if param in _OWN_PARAMS or (param == "weight" and spec.dtype in _CODES):
+            if param in _OWN_PARAMS or (param == "weight" and spec.dtype in CODE_DTYPES):
                 wanted.add(module)
             elif param in _REFUSED_PARAMS:
                 refused.setdefault(_REFUSED_PARAMS[param], (shard.name, spec.name))
@@ -712,7 +221,7 @@ def _refusals(sections: Iterable[Mapping[str, Any]], params: Mapping[str, tuple[
 
 
 def _recognise_module(
-    module: str, params: Params, source: _Source, weights: dict[str, Decode], parts: dict[str, str]
+    module: str, params: Params, source: SourceConfig, weights: dict[str, Decode], parts: dict[str, str]
 ) -> Iterator[Problem]:
     fitting = [row for row in FORMATS if row.fits(params)]
     if len(fitting) != 1:
@@ -722,14 +231,14 @@ def _recognise_module(
     codes = params[row.codes]
     try:
         decode = row.build_checked(module, params, source)
-    except _Misfit as error:
+    except Misfit as error:
         yield _problem(codes, error)
         return
     weights[codes.spec.name] = decode
     parts.update({ref.spec.name: codes.spec.name for param, ref in params.items() if param in row.params - {row.codes}})
 
 
-def _problem(ref: TensorRef, error: _Misfit) -> Problem:
+def _problem(ref: TensorRef, error: Misfit) -> Problem:
     return Problem(file=ref.shard, tensor=ref.spec.name, kind=error.kind, message=error.message, way_out=error.way_out)
 
 
@@ -739,18 +248,18 @@ def _misfits(params: Params, fitting: list[str]) -> Iterator[Problem]:
     codes = sorted(p for p in params if p in _CODE_PARAMS and params[p].spec.dtype not in COMPUTABLE)
     if len(fitting) > 1:
         message = f"its tensors fit several formats: {', '.join(fitting)}"
-        yield _problem(next(iter(params.values())), _Misfit("source-ambiguous", message, "keep the tensors of one"))
+        yield _problem(next(iter(params.values())), Misfit("source-ambiguous", message, "keep the tensors of one"))
     elif own and not any(param in params for param in _CODE_PARAMS):
         message = "a scale or zero point, and no weight that it belongs to"
-        yield _problem(params[own[0]], _Misfit("weight-missing", message, _AGAIN))
+        yield _problem(params[own[0]], Misfit("weight-missing", message, _AGAIN))
     elif codes and (own or codes != ["weight"]):
         ref = params[codes[0]]
         if not any(param in params for param in _SCALE_PARAMS):
-            yield _problem(ref, _Misfit("scale-missing", _NO_SCALE, _AGAIN))
+            yield _problem(ref, Misfit("scale-missing", _NO_SCALE, _AGAIN))
             return
         found = ", ".join(f"{show(param)} {params[param].spec.dtype}" for param in own)
         message = f"{ref.spec.dtype} beside {found} is no format that is known"
-        yield _problem(ref, _Misfit("source-unknown", message, "see docs/sources.md for those that are read"))
+        yield _problem(ref, Misfit("source-unknown", message, "see docs/sources.md for those that are read"))
 
 
 _AGAIN: Final = "fetch the checkpoint again"
@@ -763,11 +272,11 @@ def _lone_codes(modules: Mapping[str, Params], weights: Mapping[str, Decode]) ->
         ref = params.get("weight")
         is_lone = ref is not None and ref.spec.dtype == "F8_E4M3" and not any(p in _ORPHANS for p in params)
         if ref is not None and is_lone and ref.spec.name not in weights:
-            yield _problem(ref, _Misfit("scale-missing", _NO_SCALE, _AGAIN))
+            yield _problem(ref, Misfit("scale-missing", _NO_SCALE, _AGAIN))
 
 
 def _recognise_stack(
-    name: str, params: Params, source: _Source, weights: dict[str, Decode], parts: dict[str, str]
+    name: str, params: Params, source: SourceConfig, weights: dict[str, Decode], parts: dict[str, str]
 ) -> Iterator[Problem]:
     """Experts in MXFP4 as gpt-oss stores them: blocks `[E, N, K/32, 16]`, scales `[E, N, K/32]`."""
     prefix, _, leaf = name.rpartition(".")
@@ -778,15 +287,15 @@ def _recognise_stack(
         ref = blocks or scales
         if ref is not None:
             kind, lacks = ("scale-missing", _SCALES) if blocks is not None else ("weight-missing", _BLOCKS)
-            yield _problem(ref, _Misfit(kind, f"expected {show(leaf + lacks)} beside it, found none"))
+            yield _problem(ref, Misfit(kind, f"expected {show(leaf + lacks)} beside it, found none"))
         return
     shape = blocks.spec.shape
     if len(shape) != 4 or shape[3] != 16 or 0 in shape or scales.spec.shape != shape[:3]:
         message = f"expected blocks [E, N, K/32, 16] and scales [E, N, K/32], found {list(shape)} and"
-        yield _problem(blocks, _Misfit("scale-shape", f"{message} {list(scales.spec.shape)}"))
+        yield _problem(blocks, Misfit("scale-shape", f"{message} {list(scales.spec.shape)}"))
         return
     if leaf == "gate_up_proj" and shape[1] % 2:
-        yield _problem(blocks, _Misfit("expert-layout", f"gate and up cannot be told apart in {shape[1]} rows"))
+        yield _problem(blocks, Misfit("expert-layout", f"gate and up cannot be told apart in {shape[1]} rows"))
         return
     weights[blocks.spec.name] = Decode(
         format="mxfp4",

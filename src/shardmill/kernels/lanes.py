@@ -11,6 +11,7 @@ it; every lane of an accelerator has a stream of its own, so one lane's copies o
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 KERNELS_VARIABLE: Final = "SHARDMILL_KERNELS"
 """Environment variable that forces `cpu` or `reference`, for tests; without it the faster one that fits is taken."""
+ImportanceOf = Callable[[Scheme, str], memoryview | None]
+"""Gives how much errors in each input feature of a module count, as float32 bytes; None for all alike."""
 CPU_BLOCK_BYTES: Final = 4 << 20
 """Source bytes of a row block on the CPU: what is read, hashed, quantized and written stays in the caches."""
 DEVICE_BLOCK_BYTES: Final = 32 << 20
@@ -49,6 +52,11 @@ _NUMBERS: Final = {
 _QPARAMS: Final = ("weight_scale", "weight_zero_point")
 _KEPT_BYTES: Final = 64 << 20
 """Staging memory above this is given back after use."""
+
+
+def alike(_scheme: Scheme, _module: str) -> memoryview | None:
+    """All input features count alike."""
+    return None
 
 
 @dataclass(slots=True)

@@ -7,39 +7,34 @@ what they find, so that the page cache still holds what is read a second time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Final
-
-import numpy as np
 
 from shardmill.core.dtypes import BITS
 from shardmill.core.encoding import Decode, TensorRef
 from shardmill.core.header import TensorSpec
 from shardmill.core.layout import Unit, rows_per_block
-from shardmill.core.plan import DECODED, ShardPlan
+from shardmill.core.plan import ShardPlan
 from shardmill.core.recode import can_recode
 from shardmill.core.scheme import Scheme
 from shardmill.core.statistics import Extent
-from shardmill.errors import NON_FINITE, NonFiniteWeight, Problem
-from shardmill.kernels.decode import Stored, decode_rows, read_rows, to_bf16
-from shardmill.kernels.lanes import BlockSize, EncodedBlock, Lane, gather
-from shardmill.kernels.recode import Traits, recode_rows, statistics
+from shardmill.kernels.decoding import (
+    Decoding,
+    Gauge,
+    SlabBlock,
+    decoded_extent,
+    gauges,
+    keep,
+    non_finite,
+    rows_at_once,
+    split_rows,
+)
+from shardmill.kernels.lanes import BlockSize, EncodedBlock, ImportanceOf, Lane, alike, gather
 
 COPY_BYTES: Final = 4 << 20
 """Bytes that are carried over at a time."""
-PANEL_BYTES: Final = 16 << 20
-"""Codes of a panel of a weight that is stored transposed: the rest of its rows is read as often as there are panels."""
-ReadRange = Callable[[str, int, memoryview], None]
-
-
-ImportanceOf = Callable[[Scheme, str], memoryview | None]
-"""Gives how much errors in each input feature of a module count, as float32 bytes; None for all alike."""
-
-
-def _alike(_scheme: Scheme, _module: str) -> memoryview | None:
-    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +126,7 @@ class Encode:
         return 2 * self.span.length
 
     def work(
-        self, lane: Lane, data: memoryview, whole: Extent | None, importance_of: ImportanceOf = _alike
+        self, lane: Lane, data: memoryview, whole: Extent | None, importance_of: ImportanceOf = alike
     ) -> EncodedBlock:
         """Quantize the row block.
 
@@ -142,7 +137,7 @@ class Encode:
         importance = importance_of(self.scheme, self.weight.module)
         found = lane.encode(data, spec.dtype, shape, self.scheme, whole, importance)
         if not found.finite:
-            raise _non_finite(lane.first_nonfinite(data, spec.dtype, shape), self.span.shard, spec.name, self.first)
+            raise non_finite(lane.first_nonfinite(data, spec.dtype, shape), self.span.shard, spec.name, self.first)
         return found
 
 
@@ -161,7 +156,7 @@ class Slab:
         return 2 * self.span.length
 
     def work(
-        self, lane: Lane, data: memoryview, block: BlockSize, importance_of: ImportanceOf = _alike
+        self, lane: Lane, data: memoryview, block: BlockSize, importance_of: ImportanceOf = alike
     ) -> tuple[Extent, tuple[SlabBlock, ...]]:
         """Give the extent of the slab, if its units share one, and their blocks in order.
 
@@ -203,174 +198,10 @@ class Slab:
             found = lane.encode(rows, unit.tensor.dtype, shape, scheme, whole, importance)
             if not found.finite:
                 place = lane.first_nonfinite(rows, unit.tensor.dtype, shape)
-                raise _non_finite(place, self.span.shard, unit.tensor.name, first)
-            yield number, first + count == unit.rows, _keep(found)
+                raise non_finite(place, self.span.shard, unit.tensor.name, first)
+            yield number, first + count == unit.rows, keep(found)
 
 
-@dataclass(frozen=True, slots=True)
-class Gauge:
-    """Rows of a weight that is decoded for the extent of a tensor or fused set."""
-
-    ref: TensorRef
-    decode: Decode
-    rows: range
-    key: str
-
-    @property
-    def held_bytes(self) -> int:
-        """As `Copy.held_bytes`."""
-        return _decoded_bytes(self.decode, self.rows)
-
-    def fetch(self, read: ReadRange, peek: ReadRange) -> Stored:
-        """Read what the values are made of; see `decode.read_rows`."""
-        return read_rows(self.decode, self.rows, read, peek)
-
-    def work(self, lane: Lane, stored: Stored, block: BlockSize) -> Extent:
-        """Find the extent of the rows.
-
-        Raises:
-            NonFiniteWeight: it is not finite.
-        """
-        extent = Extent()
-        for rows in _split(self.rows, _rows_within(self.decode, block)):
-            data, shape = _values(self.decode, stored, rows), (len(rows), self.decode.cols)
-            found = lane.measure(data, DECODED, shape)
-            if not math.isfinite(found.amax):
-                place = lane.first_nonfinite(data, DECODED, shape)
-                raise _non_finite(place, self.ref.shard, self.ref.spec.name, rows.start, rows.step)
-            extent = extent.merge(found)
-        return extent
-
-
-@dataclass(frozen=True, slots=True)
-class Decoding:
-    """Rows of a weight that is decoded, and quantized or rounded; mostly one row block, a panel has several."""
-
-    shard: str
-    unit: int
-    is_last: bool
-    weight: Unit
-    decode: Decode
-    rows: range
-    """Of the decoded weight."""
-    key: str | None
-    """Of the extent that the scale needs."""
-    recodes: bool
-    """Whether its codes may be those of the scheme."""
-
-    @property
-    def held_bytes(self) -> int:
-        """As `Copy.held_bytes`."""
-        return _decoded_bytes(self.decode, self.rows)
-
-    def fetch(self, read: ReadRange, peek: ReadRange) -> Stored:
-        """Read what the values are made of; see `decode.read_rows`."""
-        return read_rows(self.decode, self.rows, read, peek)
-
-    def work(
-        self,
-        lane: Lane,
-        stored: Stored,
-        whole: Extent | None,
-        traits: Traits,
-        block: BlockSize,
-        importance_of: ImportanceOf = _alike,
-    ) -> tuple[SlabBlock, ...]:
-        """Give the row blocks in order.
-
-        Raises:
-            NonFiniteWeight: NaN or Inf in it.
-        """
-        unit, scheme = self.weight, self.weight.scheme
-        step = rows_per_block(unit, scheme.weights, block.nbytes) if scheme else _rows_within(self.decode, block)
-        parts = list(_split(self.rows, step))
-        if scheme is None and self.decode.stack is not None:
-            return ((self.unit, self.is_last, self._transposed(lane, stored)),)
-        blocks: list[SlabBlock] = []
-        importance = importance_of(scheme, unit.module) if scheme is not None else None
-        for number, rows in enumerate(parts, 1):
-            is_last = self.is_last and number == len(parts)
-            if scheme is None:
-                blocks.append((self.unit, is_last, self._rounded(lane, stored, rows)))
-            else:
-                found = self._recode(stored, rows, scheme, traits) if self.recodes else None
-                found = found or self._encode(lane, stored, rows, scheme, whole, importance)
-                kept = found if len(parts) == 1 else _keep(found)
-                blocks.append((self.unit, is_last, kept))
-        return tuple(blocks)
-
-    def _recode(self, stored: Stored, rows: range, scheme: Scheme, traits: Traits) -> EncodedBlock | None:
-        again = recode_rows(self.decode, stored, rows, scheme, traits, as_is=self.decode.stays)
-        if again is None:
-            return None
-        measured = statistics(decode_rows(self.decode, stored, rows))
-        tensors = {param: _octets(array) for param, array in again.tensors.items()}
-        shared = None if again.global_scale is None else _octets(again.global_scale)
-        return EncodedBlock(tensors, measured, finite=True, global_scale=shared)
-
-    def _encode(
-        self,
-        lane: Lane,
-        stored: Stored,
-        rows: range,
-        scheme: Scheme,
-        whole: Extent | None,
-        importance: memoryview | None,
-    ) -> EncodedBlock:
-        data, shape = _values(self.decode, stored, rows), (len(rows), self.decode.cols)
-        found = lane.encode(data, DECODED, shape, scheme, whole, importance)
-        if not found.finite:
-            raise self._non_finite(lane, data, rows)
-        return found
-
-    def _rounded(self, lane: Lane, stored: Stored, rows: range) -> memoryview:
-        values = decode_rows(self.decode, stored, rows)
-        bits = to_bf16(values)
-        if not bool(((bits & np.uint16(0x7F80)) != 0x7F80).all()):
-            raise self._non_finite(lane, _octets(values), rows)
-        return _octets(bits)
-
-    def _transposed(self, lane: Lane, stored: Stored) -> memoryview:
-        """One expert as models hold it, `[in, out]`."""
-        rounded = np.frombuffer(self._rounded(lane, stored, self.rows), np.uint16)
-        return _octets(rounded.reshape(len(self.rows), self.decode.cols).T)
-
-    def _non_finite(self, lane: Lane, data: memoryview, rows: range) -> NonFiniteWeight:
-        place = lane.first_nonfinite(data, DECODED, (len(rows), self.decode.cols))
-        return _non_finite(place, self.shard, self.weight.tensor.name, rows.start, rows.step)
-
-
-def _keep(block: EncodedBlock) -> EncodedBlock:
-    """The same with memory of its own."""
-    return replace(block, tensors={param: memoryview(bytes(view)) for param, view in block.tensors.items()})
-
-
-def _octets(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> memoryview:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-
-
-def _values(decode: Decode, stored: Stored, rows: range) -> memoryview:
-    return _octets(decode_rows(decode, stored, rows))
-
-
-def _decoded_bytes(decode: Decode, rows: range) -> int:
-    """Memory for codes, values and results of some rows; of the values of a panel only one block is there at a time."""
-    codes = (rows[-1] + 1 - rows.start) * decode.cols * decode.bits // 8
-    return codes + (6 if not decode.is_transposed else 3) * len(rows) * decode.cols
-
-
-def _rows_within(decode: Decode, block: BlockSize) -> int:
-    """Rows whose decoded values are about a block; a multiple of what words of zero points hold."""
-    return max(32, block.nbytes // (4 * decode.cols) // 32 * 32)
-
-
-def _split(rows: range, step: int) -> Iterator[range]:
-    for first in range(0, len(rows), step):
-        yield rows[first : first + step]
-
-
-SlabBlock = tuple[int, bool, EncodedBlock | memoryview]
-"""Unit, whether it is the unit's last, and a row block with memory of its own, or plain bytes where they are copied."""
 Piece = Copy | Copies | Measure | Encode | Slab | Gauge | Decoding
 
 
@@ -423,21 +254,7 @@ def _measured(
         if ref.decode is None:
             yield from _measures(key, ref, block)
         else:
-            yield from _gauges(key, ref, ref.decode, range(ref.decode.rows), block)
-
-
-def _gauges(key: str, ref: TensorRef, decode: Decode, rows: range, block: BlockSize) -> Iterator[Gauge]:
-    for part in _split(rows, _rows_at_once(decode, rows, block)):
-        yield Gauge(ref, decode, part, key)
-
-
-def _rows_at_once(decode: Decode, rows: range, block: BlockSize) -> int:
-    """Rows that are read at once: a row block, or a panel of what is stored transposed."""
-    step = _rows_within(decode, block)
-    if decode.is_transposed:
-        panel = PANEL_BYTES * 8 // (decode.bits * decode.cols) // step * step
-        return min(max(step, panel), -(-len(rows) // step) * step)
-    return step
+            yield from gauges(key, ref, ref.decode, range(ref.decode.rows), block)
 
 
 def _decoding(
@@ -457,37 +274,20 @@ def _decoding(
         partner is not None and can_recode(partner, scheme) for partner in [decode, *[ref.decode for ref in fused]]
     )
     if scheme is not None and not decode.stays and scheme.weights.strategy in ("tensor", "tensor_group"):
-        key, wanted = _decoded_extent(unit, decode, scheme, fused)
+        key, wanted = decoded_extent(unit, decode, scheme, fused)
         own = TensorRef(shard.name, shard.data_start, decode.parts[0][1].spec, decode)
         if wanted is None:
             yield from _measured(shard, key, fused or (own,), measured, block)
         elif key not in measured:
             measured.add(key)
-            yield from _gauges(key, own, decode, wanted, block)
-    step = _rows_at_once(decode, rows, block)
+            yield from gauges(key, own, decode, wanted, block)
+    step = rows_at_once(decode, rows, block)
     if unit.scheme is not None:
         step = max(step, rows_per_block(unit, unit.scheme.weights, block.nbytes))
     elif decode.stack is not None:
         step = decode.rows // decode.experts
-    for part in _split(rows, step):
+    for part in split_rows(rows, step):
         yield Decoding(shard.name, number, part[-1] == rows[-1], unit, decode, part, key, recodes)
-
-
-def _decoded_extent(
-    unit: Unit, decode: Decode, scheme: Scheme, fused: tuple[TensorRef, ...]
-) -> tuple[str, range | None]:
-    """Name of the extent that a scale which spans rows needs, and the rows to measure; None for whole tensors."""
-    if scheme.weights.has_global_scale and fused:
-        return fused[0].spec.name, None
-    if decode.stack is None:
-        return unit.tensor.name, None
-    height = decode.rows // decode.experts
-    expert = unit.first // height
-    if scheme.weights.has_global_scale:  # both halves of one expert: engines merge gate and up
-        rows = range(expert * height, (expert + 1) * height)
-    else:
-        rows = range(unit.first, unit.first + unit.rows * unit.step, unit.step)
-    return f"{unit.tensor.name}:{rows}", rows
 
 
 def _is_slab(unit: Unit) -> bool:
@@ -573,24 +373,5 @@ def _encodes(
 def _measure(lane: Lane, data: memoryview, shape: tuple[int, ...], shard: str, spec: TensorSpec, first: int) -> Extent:
     extent = lane.measure(data, spec.dtype, shape)
     if not math.isfinite(extent.amax):
-        raise _non_finite(lane.first_nonfinite(data, spec.dtype, shape), shard, spec.name, first)
+        raise non_finite(lane.first_nonfinite(data, spec.dtype, shape), shard, spec.name, first)
     return extent
-
-
-def _non_finite(
-    found: tuple[int, tuple[int, ...]] | None, shard: str, tensor: str, first_row: int, step: int = 1
-) -> NonFiniteWeight:
-    """Say where the first NaN or Inf of a row block stands, and how many the block holds."""
-    count, index = found or (0, ())
-    where = [index[0] * step + first_row, *index[1:]] if index else []
-    message = (
-        f"NaN or Inf in a weight that is to be quantized: {count} in its first bad row block, first at index {where}"
-    )
-    problem = Problem(
-        file=shard,
-        tensor=tensor,
-        kind=NON_FINITE,
-        message=message,
-        way_out="repair the checkpoint, ignore the tensor, or allow it (--allow-nonfinite)",
-    )
-    return NonFiniteWeight([problem])

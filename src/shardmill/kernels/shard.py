@@ -26,21 +26,9 @@ from shardmill.core.statistics import Extent, Statistics
 from shardmill.errors import Interrupted, NonFiniteWeight
 from shardmill.kernels.crew import Crew, crew_of
 from shardmill.kernels.decode import Stored
-from shardmill.kernels.lanes import EncodedBlock, Lane, needs_torch
-from shardmill.kernels.pieces import (
-    Copies,
-    Copy,
-    Decoding,
-    Encode,
-    Gauge,
-    ImportanceOf,
-    Measure,
-    Piece,
-    Slab,
-    SlabBlock,
-    Twice,
-    cut,
-)
+from shardmill.kernels.decoding import Decoding, Gauge, SlabBlock
+from shardmill.kernels.lanes import EncodedBlock, ImportanceOf, Lane, alike, needs_torch
+from shardmill.kernels.pieces import Copies, Copy, Encode, Measure, Piece, Slab, Twice, cut
 from shardmill.kernels.recode import Traits
 from shardmill.kernels.scan import index_of
 
@@ -78,7 +66,7 @@ def encode_shard(  # noqa: PLR0913 - what comes from outside, each with a defaul
     new_scratch: NewScratch = tempfile.TemporaryFile,
     on_nonfinite: OnNonFinite = lambda _found: None,
     layout: ShardLayout | None = None,
-    importance_of: ImportanceOf = lambda _scheme, _module: None,
+    importance_of: ImportanceOf = alike,
     peek: ReadRange | None = None,
 ) -> tuple[WeightRecord, ...]:
     """Compute one output shard and hand its data section to `write`, in the planned order and without the header.
