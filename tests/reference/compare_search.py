@@ -76,11 +76,10 @@ MINMAX_THEIRS, SEARCHED_THEIRS, MINMAX_OURS, SEARCHED_OURS = VARIANTS
 
 
 def _reference_main() -> None:
-    """Quantize in the other environment; tells the error and the processor seconds of each job."""
+    """Quantize in the other environment; leaves error and processor seconds beside each result."""
     model_free_ptq: Any = importlib.import_module("llmcompressor").model_free_ptq
     preset_name_to_scheme: Any = importlib.import_module("compressed_tensors.quantization").preset_name_to_scheme
     request = json.load(sys.stdin)
-    told: dict[str, tuple[str, float]] = {}
     for folder, preset, group_size, observer in request["jobs"]:
         scheme = preset_name_to_scheme(preset, ["Linear"])
         if group_size:
@@ -92,9 +91,8 @@ def _reference_main() -> None:
             model_free_ptq(request["source"], Path(folder), scheme=scheme, ignore=list(IGNORE), device="cpu")
         except Exception as failure:  # noqa: BLE001 - whatever it is, it is reported
             error = f"{type(failure).__name__}: {failure}"
-        told[folder] = error, time.process_time() - started
-        _told(Path(folder)).write_text(json.dumps(told[folder]), encoding="utf-8")
-    sys.stdout.write("\n" + json.dumps(told) + "\n")
+        told = json.dumps([error, time.process_time() - started])
+        _told(Path(folder)).write_text(told, encoding="utf-8")
 
 
 def _told(folder: Path) -> Path:
@@ -104,30 +102,35 @@ def _told(folder: Path) -> Path:
 
 
 def quantize_with_reference(jobs: Sequence[tuple[Path, Case, str]], source: Path) -> dict[Path, tuple[str, float]]:
-    """Run jobs, each a folder to write, a case and an observer or nothing."""
-    from reference.compare_quality import REFERENCE_PYTHON, THREADS
-
+    """Run jobs that are not done yet, each a folder to write, a case and an observer or nothing."""
     wanted = [
         [str(folder), case.preset, case.group_size, observer]
         for folder, case, observer in jobs
         if not _told(folder).exists()
     ]
-    done = subprocess.run(
-        [REFERENCE_PYTHON, __file__, "--reference"],
-        check=False,
-        capture_output=True,
-        text=True,
-        input=json.dumps({"source": str(source), "jobs": wanted}),
-        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        | {"OMP_NUM_THREADS": str(THREADS)},
-    )
-    if done.returncode:
-        raise RuntimeError(f"{REFERENCE_PYTHON} ended with {done.returncode}: {done.stderr[-2000:]}")
+    if wanted:
+        _run_reference({"source": str(source), "jobs": wanted})
     found: dict[Path, tuple[str, float]] = {}
     for folder, _, _ in jobs:
         error, seconds = json.loads(_told(folder).read_text(encoding="utf-8"))
         found[folder] = error, seconds
     return found
+
+
+def _run_reference(request: Mapping[str, Any]) -> None:
+    from reference.compare_quality import REFERENCE_PYTHON, THREADS
+
+    done = subprocess.run(
+        [REFERENCE_PYTHON, __file__, "--reference"],
+        check=False,
+        capture_output=True,
+        text=True,
+        input=json.dumps(request),
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        | {"OMP_NUM_THREADS": str(THREADS)},
+    )
+    if done.returncode:
+        raise RuntimeError(f"{REFERENCE_PYTHON} ended with {done.returncode}: {done.stderr[-2000:]}")
 
 
 # ---- our side ---------------------------------------------------------------------------------------------------
@@ -158,8 +161,8 @@ def tensors_of(checkpoint: Path) -> dict[str, Tensor]:
     }
 
 
-def squared_errors(source: Mapping[str, Tensor], checkpoint: Path, case: Case) -> dict[str, float]:
-    """Squared error by weight, of what compressed-tensors' formulas make of the stored bytes in float32."""
+def restored_weights(source: Mapping[str, Tensor], checkpoint: Path, case: Case) -> Iterator[tuple[str, Tensor]]:
+    """Name of each quantized module, and what compressed-tensors' formulas make of its stored bytes in float32."""
     from shardmill.core.scheme import preset, with_group_size
     from shardmill.kernels import reference
 
@@ -170,31 +173,27 @@ def squared_errors(source: Mapping[str, Tensor], checkpoint: Path, case: Case) -
     for name, tensor in tensors_of(checkpoint).items():
         module, _, param = name.rpartition(".")
         stored.setdefault(module, {})[param] = tensor
-    found = {}
     for module, params in stored.items():
         if "weight_scale" in params:
-            weight = source[f"{module}.weight"].float()
-            shape = (weight.shape[0], weight.shape[1])
-            restored = reference.decode(params, scheme.weights, format=scheme.format, shape=shape)
-            found[module] = float((restored - weight).square().sum(dtype=torch.float64))
-    return found
+            rows, cols = source[f"{module}.weight"].shape
+            yield module, reference.decode(params, scheme.weights, format=scheme.format, shape=(rows, cols))
 
 
 class Judge:
-    """The bf16 model's opinion of some tokens, and how far another model's is from it."""
+    """The bf16 model's opinion of some tokens, and how far it is from it with other weights."""
 
     def __init__(self, source: Path, tokens: Tensor) -> None:
         from reference import compare_quality
 
         torch.set_num_threads(compare_quality.THREADS)
-        self._quality = compare_quality
+        self._log_probabilities = compare_quality._log_probabilities
+        self._model = compare_quality._load(source, compare_quality.WEIGHTS)
         self.windows = tokens.split(compare_quality.WINDOW_TOKENS)
-        self.expected = self._opinion(source)
+        self.expected = self._opinion()
         self.perplexity = self._perplexity(self.expected)
 
-    def _opinion(self, checkpoint: Path) -> list[Tensor]:
-        model = self._quality._load(checkpoint, self._quality.WEIGHTS)
-        return [self._quality._log_probabilities(model, window) for window in self.windows]
+    def _opinion(self) -> list[Tensor]:
+        return [self._log_probabilities(self._model, window) for window in self.windows]
 
     def _perplexity(self, opinion: Sequence[Tensor]) -> float:
         pairs = zip(opinion, self.windows, strict=True)
@@ -206,9 +205,13 @@ class Judge:
         """Tokens that are predicted."""
         return sum(len(window) - 1 for window in self.windows)
 
-    def measure(self, checkpoint: Path) -> tuple[float, float]:
-        """Mean KL divergence in nats per token, and perplexity."""
-        opinion = self._opinion(checkpoint)
+    def take(self, module: str, weight: Tensor) -> None:
+        """Give the model another weight, rounded to bf16 as loaders do it."""
+        self._model.get_submodule(module).weight.data.copy_(weight.to(torch.bfloat16))
+
+    def measure(self) -> tuple[float, float]:
+        """Mean KL divergence in nats per token, and perplexity, with the weights that were taken."""
+        opinion = self._opinion()
         total = sum(
             float((expected.exp() * (expected - found)).sum(dtype=torch.float64))
             for expected, found in zip(self.expected, opinion, strict=True)
@@ -259,13 +262,15 @@ def make_heavy_tailed(folder: Path) -> tuple[Path, Tensor]:
 class Bench:
     """A checkpoint, its judge, and all results of its cases."""
 
-    def __init__(self, title: str, source: Path, tokens: Tensor, folder: Path, kept: Path) -> None:
-        self.title, self.source, self.folder, self.kept = title, source, folder, kept
+    def __init__(
+        self, title: str, source: Path, tokens: Tensor, folder: Path, kept: Path, cases: Sequence[Case]
+    ) -> None:
+        self.title, self.source, self.folder, self.kept, self.cases = title, source, folder, kept, cases
         self.judge = Judge(source, tokens)
         self.weights = tensors_of(source)
         jobs = [
             (self.kept / (observer or "minmax") / case.name, case, observer)
-            for case in CASES
+            for case in cases
             for observer in ("", *case.observers)
         ]
         self.theirs = quantize_with_reference(jobs, source)
@@ -298,7 +303,12 @@ class Bench:
         return self._judged(case, place, seconds)
 
     def _judged(self, case: Case, place: Path, seconds: float) -> Result:
-        return Result(squared_errors(self.weights, place, case), *self.judge.measure(place), seconds)
+        errors: dict[str, float] = {}
+        for module, weight in restored_weights(self.weights, place, case):
+            lost = weight - self.weights[f"{module}.weight"].float()
+            errors[module] = float(lost.square().sum(dtype=torch.float64))
+            self.judge.take(module, weight)
+        return Result(errors, *self.judge.measure(), seconds)
 
     @property
     def squared_weights(self) -> float:
@@ -367,7 +377,7 @@ def report(bench: Bench) -> tuple[list[str], list[str]]:
     """Markdown about a checkpoint, and what is not as required."""
     text = [f"## {bench.title}", "", f"Perplexity of the bf16 model: {bench.judge.perplexity:.2f}.", "", *_TABLE]
     bad: list[str] = []
-    for case in CASES:
+    for case in bench.cases:
         results = bench.results(case)
         lines = list(rows(bench, case, results))
         sys.stdout.write("\n".join(lines) + "\n")
@@ -377,7 +387,7 @@ def report(bench: Bench) -> tuple[list[str], list[str]]:
     return [*text, ""], bad
 
 
-def benches(folder: Path, kept: Path, only: str | None) -> Iterator[Bench]:
+def benches(folder: Path, kept: Path, only: str | None, cases: Sequence[Case]) -> Iterator[Bench]:
     """Both checkpoints, or one."""
     from transformers import AutoTokenizer
 
@@ -387,10 +397,10 @@ def benches(folder: Path, kept: Path, only: str | None) -> Iterator[Bench]:
     if only in (None, "smollm2"):
         source = prepare(EXAMPLE, cache=EXAMPLE.parent / "cache")
         tokens = torch.tensor(AutoTokenizer.from_pretrained(source)(TEXT.read_text(encoding="utf-8"))["input_ids"])
-        yield Bench("SmolLM2-135M-Instruct", source, tokens, folder / "smollm2", kept / "smollm2")
+        yield Bench("SmolLM2-135M-Instruct", source, tokens, folder / "smollm2", kept / "smollm2", cases)
     if only in (None, "heavy-tailed"):
         source, tokens = make_heavy_tailed(folder / "heavy-tailed-source")
-        yield Bench("Heavy tails", source, tokens, folder / "heavy-tailed", kept / "heavy-tailed")
+        yield Bench("Heavy tails", source, tokens, folder / "heavy-tailed", kept / "heavy-tailed", cases)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -399,16 +409,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", type=Path, metavar="FILE", help="also write the tables, as Markdown")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the reference's results there, and use them")
     parser.add_argument("--only", choices=("smollm2", "heavy-tailed"), help="one of the checkpoints")
+    parser.add_argument("--case", action="append", metavar="NAME", help="one of the schemes; may be repeated")
     parser.add_argument("--reference", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.reference:
         _reference_main()
         return 0
     os.environ |= {"LOGURU_LEVEL": "ERROR", "TQDM_DISABLE": "1"}  # read when transformers is imported
+    cases = [case for case in CASES if not chosen.case or case.name in chosen.case]
     text: list[str] = []
     bad: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        for bench in benches(Path(folder), chosen.keep or Path(folder), chosen.only):
+        for bench in benches(Path(folder), chosen.keep or Path(folder), chosen.only, cases):
             lines, worse = report(bench)
             text += lines
             bad += worse
