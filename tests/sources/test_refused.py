@@ -34,7 +34,7 @@ ODD: dict[str, Any] = {
 NF4: dict[str, Any] = {"m.up_proj.weight": ("U8", (64, 64)), "m.up_proj.absmax": ("F32", (64,))}
 
 
-def kinds(table: dict[str, Any], section: dict[str, Any] | None = None) -> set[str]:
+def kinds(table: dict[str, Any], section: Any = None) -> set[str]:
     config = {"quantization_config": section} if section else {}
     plan = build_plan(
         checkpoint_of([{"m.q_proj.weight": ("BF16", (64, 128)), **table}], config), uniform("FP8_DYNAMIC")
@@ -81,9 +81,11 @@ def without(table: dict[str, Any], *params: str) -> dict[str, Any]:
         ({}, {"quant_method": "gguf"}, "source-unsupported"),
         ({}, {"load_in_4bit": True}, "source-unsupported"),
         ({}, {"quant_method": "fp8"}, "already-quantized"),
+        ({}, "fp8", "already-quantized"),
+        (FP8, "fp8", "already-quantized"),
     ],
 )  # fmt: skip
-def test_each_defect_has_its_kind(table: dict[str, Any], section: dict[str, Any] | None, kind: str | None) -> None:
+def test_each_defect_has_its_kind(table: dict[str, Any], section: Any, kind: str | None) -> None:
     found = kinds(table, section)
     assert kind in found if kind else found == set()
 

@@ -91,12 +91,16 @@ def recognise(checkpoint: Checkpoint) -> Sources:
 
     Names, dtypes and shapes decide; nothing is read. What cannot be told for certain is a problem.
     """
-    sections = source_config(checkpoint.config)
+    config = checkpoint.config
+    sections = source_config(config)
     modules, stacks, refused = _collect(checkpoint)
     problems = [*_refusals(sections, refused)]
     if len(sections) > 1:
         message = f"config.json describes its quantization {len(sections)} times, and not alike"
         problems.append(Problem(file="config.json", kind="source-ambiguous", message=message, way_out="correct it"))
+    if any(level.get(key) and not isinstance(level[key], Mapping) for level in levels(config) for key in _CONFIG_KEYS):
+        message = "expected the description of a quantization as a JSON object, found something else"
+        problems.append(Problem(file="config.json", kind="already-quantized", message=message, way_out="correct it"))
     section = sections[0] if sections else {}
     source = SourceConfig(section, _written(section))
     weights: dict[str, Decode] = {}
@@ -114,7 +118,7 @@ def recognise(checkpoint: Checkpoint) -> Sources:
         parts=parts,
         problems=tuple(dict.fromkeys(problems)),
         groups=_group_entries(source),
-        is_claimed=bool(sections),
+        is_claimed=any(level.get(key) for level in levels(config) for key in _CONFIG_KEYS),
     )
 
 

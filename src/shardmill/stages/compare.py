@@ -79,7 +79,7 @@ def verify_against(
     what it finds is told here only as far as it stands in the way.
 
     Raises:
-        Refused: the source is no sound unquantized checkpoint, or there is no such folder.
+        Refused: the source is no sound checkpoint, or there is no such folder.
         SourceChanged: a file changed meanwhile.
     """
     told = watch or VerifyWatch()
