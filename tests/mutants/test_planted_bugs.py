@@ -125,8 +125,8 @@ BUGS: Final = (
     Bug(
         "partners are not measured",
         "kernels/pieces.py",
-        "                    for ref in refs:\n",
-        "                    for ref in refs[:1]:\n",
+        "    for ref in refs:\n        if ref.decode is None:\n",
+        "    for ref in refs[:1]:\n        if ref.decode is None:\n",
         SHARDS,
         "members_of_a_fused_set",
     ),
