@@ -346,7 +346,7 @@ def remark(variant: str, results: Mapping[str, Result]) -> str:
     of_theirs = (
         ""
         if theirs.failure or math.isnan(theirs.seconds)
-        else f", x{ours.seconds / theirs.seconds:.2f} of the reference's search"
+        else f", x{ours.seconds / theirs.seconds:.3f} of the reference's search"
     )
     return f"{of_ours}{of_theirs}; {len(worse)} of {len(ours.errors)} weights worse than another variant"
 
