@@ -263,7 +263,7 @@ def test_all_that_is_wrong_with_a_batch_is_told_at_once(ask: AskBatch, tmp_path:
 
 
 def test_two_checkpoints_at_one_destination_are_refused(ask: AskBatch, tmp_path: Path, converted: list[str]) -> None:
-    with pytest.raises(Refused, match="would both be written there"):
+    with pytest.raises(Refused, match="two checkpoints would be written there"):
         quantize_batch(ask(destination=f"{tmp_path}/out/{{scheme}}"))
     assert converted == []
 

@@ -155,7 +155,7 @@ def check_distinct(requests: Iterable[tuple[str, str]]) -> list[Problem]:
         Problem(
             file=destination,
             kind="batch-destination",
-            message=f"{show(sources[0])} and {show(sources[1])} would both be written there",
+            message=f"two checkpoints would be written there: {show(sources[0])} and {show(sources[1])}",
             way_out="put {name}, {path} or {scheme} into the destination",
         )
         for destination, sources in by_destination.items()
