@@ -10,13 +10,13 @@ import pytest
 import yaml
 
 import checkpoints
-from shardmill.core.budget import parse_budget, parse_candidates
+from shardmill.core.budget import Wish, parse_budget, parse_candidates
 from shardmill.core.budget_recipe import write_recipe
 from shardmill.core.recipe import parse_recipe, uniform
 from shardmill.core.scheme import Search
 from shardmill.core.summary import summarize_plan
 from shardmill.errors import NonFiniteWeight, Refused
-from shardmill.stages.budget import Solved, Wish, solve_budget
+from shardmill.stages.budget import Solved, solve_budget
 from shardmill.stages.pipeline import RunOptions, run
 from shardmill.stages.plan import Locations, make_plan
 from shardmill.storage import store as store_module

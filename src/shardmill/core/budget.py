@@ -16,6 +16,7 @@ from shardmill.core.fused import TABLE, FusedTable, fused_sets
 from shardmill.core.knapsack import Option, choose, largest, smallest
 from shardmill.core.plan import PART, Plan
 from shardmill.core.receipt import WeightRecord
+from shardmill.core.recipe import Recipe
 from shardmill.core.resolve import runtime_layers
 from shardmill.core.scheme import Scheme, parse_scheme, with_group_size
 from shardmill.core.statistics import Statistics
@@ -114,6 +115,17 @@ def parse_candidates(names: Iterable[str], group_size: int | None = None) -> tup
 def takes_group_size(scheme: Scheme) -> bool:
     """Whether the group size of a scheme is the user's to choose."""
     return scheme.weights.strategy == "group" and not scheme.weights.is_mx
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """A size instead of a scheme."""
+
+    budget: Budget
+    candidates: tuple[Scheme, ...]
+    """With the search that is in force."""
+    base: Recipe
+    """All else of the recipe; its groups do not count."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

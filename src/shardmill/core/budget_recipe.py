@@ -18,6 +18,8 @@ from shardmill.core.scheme import PRESETS, Scheme, scheme_to_json
 from shardmill.core.summary import human_bytes
 from shardmill.core.targets import disjoint_targets
 
+MARK: Final = "# Solved for a budget of "
+"""Begins every file that is written here."""
 _DEFAULTS: Final = {
     "ignore": [],
     "default_ignores": True,
@@ -134,7 +136,7 @@ def write_recipe(recipe: Recipe, solution: Solution) -> str:
     `recipe.parse_recipe` of what a YAML reader makes of it gives the recipe again.
     """
     lines = [
-        f"# Solved for a budget of {solution.budget}; {size_line(solution)}.",
+        f"{MARK}{solution.budget}; {size_line(solution)}.",
         "# Targets of different groups match no module in common. Move one to another group to change its scheme.",
     ]
     used = sorted(set(solution.picks))

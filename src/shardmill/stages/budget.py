@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
-from shardmill.core.budget import BYTES, Budget, Measured, Solution, frame_of, items_of, measured, solve
+from shardmill.core.budget import BYTES, Measured, Solution, Wish, frame_of, items_of, measured, solve
 from shardmill.core.budget_recipe import differences, recipe_of
 from shardmill.core.checks import check_shard
 from shardmill.core.experts import parse_stack
@@ -42,17 +42,6 @@ _ABOUT_WHOLE = frozenset({"nothing-matched", "fused-set-split", "config-unresolv
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
-    """A size instead of a scheme."""
-
-    budget: Budget
-    candidates: tuple[Scheme, ...]
-    """With the search that is in force."""
-    base: Recipe
-    """All else of the recipe; its groups do not count."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Solved:
     """A recipe that keeps to a budget, and how it was found."""
 
@@ -64,8 +53,8 @@ class Solved:
 class MeasureWatch:
     """Callbacks for whoever shows progress."""
 
-    on_total: Callable[[int, int], None] = field(default=lambda _size, _shards: None)
-    """Called with the bytes that all candidates together work through, and the shards."""
+    on_total: Callable[[int], None] = field(default=lambda _size: None)
+    """Called with the bytes that all candidates together work through."""
     on_bytes: Callable[[int], None] = field(default=lambda _count: None)
 
 
@@ -156,7 +145,7 @@ def _measure(
     ]
     if any(missing):
         store.prepare()
-        watch.on_total(sum(shard.size for row in missing for shard in row), sum(map(len, missing)))
+        watch.on_total(sum(shard.size for row in missing for shard in row))
         measuring = _Measuring(Companions(source, len(plans)), store, options, watch, stop)
         with ThreadPoolExecutor(len(plans), thread_name_prefix="measure") as pool:
             futures = [
