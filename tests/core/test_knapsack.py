@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given
@@ -48,7 +48,7 @@ def test_the_largest_useful_capacity_gives_the_least_cost(items: list[list[Optio
 @given(st.lists(OPTIONS, min_size=1, max_size=8))
 def test_each_step_of_the_hull_saves_less(options: list[Option]) -> None:
     on_hull = [options[n] for n in hull(options)]
-    rates = [(a.cost - b.cost) / (b.size - a.size) for a, b in zip(on_hull, on_hull[1:], strict=False)]
+    rates = [(a.cost - b.cost) / (b.size - a.size) for a, b in pairwise(on_hull)]
     assert rates == sorted(rates, reverse=True)
     assert len(set(rates)) == len(rates)
     assert on_hull[-1].cost == min(option.cost for option in options)
@@ -56,7 +56,7 @@ def test_each_step_of_the_hull_saves_less(options: list[Option]) -> None:
 
 def layers(count: int, seed: int = 0) -> list[list[Option]]:
     """Layers of three widths, whose errors fall by four with every bit."""
-    rng = random.Random(seed)
+    rng = random.Random(seed)  # noqa: S311 - not for secrets
     items = []
     for number in range(count):
         weights = (1000, 3000, 4500)[number % 3]

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import secrets
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from fsspec.implementations.memory import MemoryFileSystem
+from safetensors.torch import save_file
+from torch import Tensor
 
 import checkpoints
 from shardmill.core.budget import Wish, parse_budget, parse_candidates
@@ -15,8 +21,8 @@ from shardmill.core.budget_recipe import write_recipe
 from shardmill.core.recipe import parse_recipe, uniform
 from shardmill.core.scheme import Search
 from shardmill.core.summary import summarize_plan
-from shardmill.errors import NonFiniteWeight, Refused
-from shardmill.stages.budget import Solved, solve_budget
+from shardmill.errors import Interrupted, NonFiniteWeight, Refused
+from shardmill.stages.budget import MeasureWatch, Solved, solve_budget
 from shardmill.stages.pipeline import RunOptions, run
 from shardmill.stages.plan import Locations, make_plan
 from shardmill.storage import store as store_module
@@ -165,3 +171,98 @@ def test_a_search_is_in_force_when_candidates_are_measured(source: Path) -> None
         return solve_budget(open_source(str(source)), store, wish, OPTIONS).solution.cost
 
     assert cost(Search()) < cost(None)
+
+
+def test_source_and_store_may_lie_elsewhere(source: Path) -> None:
+    folder = f"memory://{secrets.token_hex(8)}"
+    for path in source.iterdir():
+        MemoryFileSystem().pipe_file(f"{folder}/source/{path.name}".removeprefix("memory:/"), path.read_bytes())
+    candidates = parse_candidates(CANDIDATES)
+    wish = Wish(budget=parse_budget("6bpw-quantized"), candidates=candidates, base=uniform(candidates[0]))
+    store = Store(open_folder(f"{folder}/store"))
+    found = solve_budget(open_source(f"{folder}/source"), store, wish, OPTIONS)
+    assert found == solved(source, "6bpw-quantized")
+    assert len(store.folder.listing("errors/")) == 5 * len(CANDIDATES)
+
+
+def test_damaged_errors_are_measured_again(source: Path) -> None:
+    first = solved(source, "6bpw-quantized")
+    records = sorted((source.parent / "store" / "errors").iterdir())
+    records[0].write_bytes(b"{}")
+    records[1].write_bytes(records[2].read_bytes())
+    store = Store(open_folder(str(source.parent / "store")))
+    assert store.errors(records[0].stem) is None
+    assert store.errors(records[1].stem) is None
+    assert len(store.failed_checks) == 2
+    assert solved(source, "6bpw-quantized") == first
+    store.collect(older_than=-10)
+    assert not list((source.parent / "store" / "errors").iterdir())
+
+
+def test_stopping_keeps_what_was_measured(source: Path) -> None:
+    stop, seen = threading.Event(), list[int]()
+
+    def on_bytes(size: int) -> None:
+        seen.append(size)
+        stop.set()
+
+    candidates = parse_candidates(CANDIDATES)
+    wish = Wish(budget=parse_budget("6bpw-quantized"), candidates=candidates, base=uniform(candidates[0]))
+    store = Store(open_folder(str(source.parent / "store")))
+    with pytest.raises(Interrupted):
+        solve_budget(open_source(str(source)), store, wish, OPTIONS, MeasureWatch(on_bytes=on_bytes), stop)
+    assert seen
+    assert solved(source, "6bpw-quantized").recipe.groups
+
+
+@pytest.mark.parametrize("layout", ["experts", "stacks"])
+def test_experts_of_a_layer_share_a_scheme(tmp_path: Path, layout: str) -> None:
+    config = checkpoints.LLAMA | {"model_type": "mixtral", "moe_intermediate_size": 64}
+    source = checkpoints.write(tmp_path / "source", [EXPERTS[layout]()], config)
+    found = solved(source, "6.5bpw-quantized", expert_layout="rows")
+    plan = make_plan(open_source(str(source)), found.recipe)
+    assert not plan.problems
+    chosen = found.solution.scheme_of
+    for layer in range(2):
+        assert len({number for module, number in chosen.items() if f".{layer}.mlp." in module}) == 1
+    assert len(set(chosen.values())) == 2
+
+
+def experts() -> dict[str, Tensor]:
+    names = [f"model.layers.{n}.mlp.experts.{e}.{leaf}.weight" for n in range(2) for e in range(3) for leaf in WIDE]
+    return {name: checkpoints.gaussian(number, 64, 64) for number, name in enumerate(names)}
+
+
+def stacks() -> dict[str, Tensor]:
+    return {
+        f"model.layers.{n}.mlp.experts.{leaf}": checkpoints.gaussian(n, 3, rows, 64)
+        for n in range(2)
+        for leaf, rows in (("gate_up_proj", 128), ("down_proj", 64))
+    }
+
+
+WIDE = ("w1", "w2", "w3")
+EXPERTS = {"experts": experts, "stacks": stacks}
+
+
+def test_importance_weighs_errors(source: Path) -> None:
+    tensors = checkpoints.read(source)
+    weights = {
+        name.removesuffix(".weight"): torch.full((value.shape[1],), 100.0 if ".layers.0." in name else 1.0)
+        for name, value in tensors.items()
+        if name.endswith("_proj.weight")
+    }
+    file = source.parent / "importance.safetensors"
+    save_file(weights, file)
+
+    def first_layer(importance: str) -> set[int]:
+        search = Search(importance_file=importance)
+        schemes = tuple(replace(scheme, search=search) for scheme in parse_candidates(CANDIDATES[1:4]))
+        wish = Wish(budget=parse_budget("6bpw-quantized"), candidates=schemes, base=uniform(schemes[0]))
+        store = Store(open_folder(str(source.parent / "store")))
+        found = solve_budget(open_source(str(source)), store, wish, OPTIONS)
+        assert not make_plan(open_source(str(source)), found.recipe).problems
+        return {number for module, number in found.solution.scheme_of.items() if ".layers.0." in module}
+
+    assert 0 in first_layer("")
+    assert first_layer(str(file)) == {2}

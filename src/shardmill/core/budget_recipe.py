@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Final
 
-from shardmill.core.budget import Solution
+from shardmill.core.budget import Solution, takes_group_size
 from shardmill.core.experts import parse_stack
 from shardmill.core.matching import PatternSet, split_name
 from shardmill.core.plan import Plan
 from shardmill.core.recipe import Group, Recipe, recipe_to_json
-from shardmill.core.scheme import PRESETS, Scheme, scheme_to_json
+from shardmill.core.scheme import PRESETS, Scheme, Search, scheme_to_json, with_group_size
 from shardmill.core.summary import human_bytes
 from shardmill.core.targets import disjoint_targets
 
@@ -177,27 +177,20 @@ def _leaf(module: str) -> str:
 
 def _scheme_entry(scheme: Scheme) -> dict[str, Any]:
     """A scheme as a group of a recipe file has it: by the name of its preset where it has one."""
-    search = {} if scheme.search is None else {"search": _search_entry(scheme)}
+    search = {} if scheme.search is None else {"search": _search_entry(scheme.search)}
     plain = replace(scheme, search=None)
     if plain.preset:
         return {"scheme": plain.preset, **search}
-    if scheme.weights.strategy == "group":
-        for name, preset in PRESETS.items():
-            sized = replace(preset.weights, group_size=scheme.weights.group_size) if _is_sized(preset) else None
-            if sized == scheme.weights and preset.input_activations == scheme.input_activations:
-                return {"scheme": name, "group_size": scheme.weights.group_size, **search}
+    size = scheme.weights.group_size
+    for name, preset in PRESETS.items():
+        if size and takes_group_size(preset) and replace(with_group_size(preset, size), preset=None) == plain:
+            return {"scheme": name, "group_size": size, **search}
     return {"scheme": scheme_to_json(plain), **search}
 
 
-def _is_sized(scheme: Scheme) -> bool:
-    return scheme.weights.strategy == "group" and not scheme.weights.is_mx
-
-
-def _search_entry(scheme: Scheme) -> dict[str, Any]:
-    if scheme.search is None:
-        raise AssertionError(f"{scheme} has no search")
-    found = {name: value for name, value in scheme.search.to_json().items() if name != "importance"}
-    return found | ({"importance_file": scheme.search.importance_file} if scheme.search.importance_file else {})
+def _search_entry(search: Search) -> dict[str, Any]:
+    found = {name: value for name, value in search.to_json().items() if name != "importance"}
+    return found | ({"importance_file": search.importance_file} if search.importance_file else {})
 
 
 def _scalar(value: Any) -> str:
