@@ -18,7 +18,6 @@ import math
 import os
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -193,32 +192,28 @@ _TABLE: Final = (
 )
 
 
-def compare(bench: Bench) -> tuple[list[str], list[str]]:
-    """Markdown of all results, and what is not as required."""
-    started = time.monotonic()
+def compare(bench: Bench) -> Iterator[tuple[list[str], list[str]]]:
+    """Markdown of results, part by part, and what of them is not as required."""
     widths = [bench.solved(bits, WIDTHS) for bits in BUDGETS]
-    channels = [bench.uniform(f"int{bits}, a scale for each row", channel(bits)) for bits in (4, 5, 6)]
-    pairs = list(zip(widths, channels, strict=True))
+    pairs = list(
+        zip(widths, [bench.uniform(f"int{n}, a scale for each row", channel(n)) for n in (4, 5, 6)], strict=True)
+    )
+    title = f"Candidates {', '.join(WIDTHS)}, and uniform schemes with a scale for each row, which are as small:"
+    yield table(title, [row for pair in pairs for row in pair]), [*missed(widths), *not_monotone(widths), *worse(pairs)]
+    pairs = []
     for name in WIDTHS[1:3]:
-        [scheme] = parse_candidates([name, "FP8_DYNAMIC"])[:1]
-        alone = bench.uniform(name, scheme)
+        alone = bench.uniform(name, parse_candidates([name, "FP8_DYNAMIC"])[0])
         pairs.append((bench.solved(alone.bits, WIDTHS), alone))
-    served = [bench.solved(bits, SERVED) for bits in (4.5, 5.0, 6.0)]
-    alone = bench.uniform("NVFP4A16", parse_scheme("NVFP4A16"))
-    pairs.append((served[0], alone))
-    bad = [*missed([*widths, *served]), *not_monotone(widths), *not_monotone(served), *worse(pairs)]
-    told = f"{bench.judge.tokens} tokens, {time.monotonic() - started:.0f} s, load {os.getloadavg()[1]:.0f}"
-    told = f"Perplexity of the bf16 model: {bench.judge.perplexity(bench.judge.expected):.2f}. {told}."
-    text = [
-        f"Candidates {', '.join(WIDTHS)}, and uniform schemes with scales for rows, which are as small:",
-        *("", *_TABLE, *(line(row) for pair in pairs[:3] for row in pair)),
-        *("", "The same candidates, to the size of uniform schemes in the same groups:"),
-        *("", *_TABLE, *(line(row) for pair in pairs[3:5] for row in pair)),
-        *("", f"Candidates {', '.join(SERVED)}: the default in groups that divide 576 columns."),
-        *("", *_TABLE, line(alone), *map(line, served), ""),
-        told,
-    ]
-    return text, bad
+    title = "The same candidates, to the size of uniform schemes in the same groups:"
+    yield table(title, [row for pair in pairs for row in pair]), list(worse(pairs))
+    served = [bench.solved(bits, SERVED) for bits in (5.0, 6.0, 7.0)]
+    title = f"Candidates {', '.join(SERVED)}: the default, in groups that divide 576 columns:"
+    yield table(title, served), [*missed(served), *not_monotone(served)]
+
+
+def table(title: str, rows: Sequence[Row]) -> list[str]:
+    """Markdown of results."""
+    return [title, "", *_TABLE, *map(line, rows), ""]
 
 
 def missed(rows: Sequence[Row]) -> Iterator[str]:
@@ -249,11 +244,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the store there, and use it")
     chosen = parser.parse_args(arguments)
     os.environ |= {"TQDM_DISABLE": "1"}  # read when transformers is imported
+    text, bad = list[str](), list[str]()
     with tempfile.TemporaryDirectory() as folder:
-        text, bad = compare(Bench(Path(folder), chosen.keep))
-    if chosen.write is not None:
-        head = chosen.write.read_text(encoding="utf-8").partition(HEADING)[0]
-        chosen.write.write_text(f"{head}{HEADING}\n\n" + "\n".join(text) + "\n", encoding="utf-8")
+        bench = Bench(Path(folder), chosen.keep)
+        opinion = f"Perplexity of the bf16 model: {bench.judge.perplexity(bench.judge.expected):.2f},"
+        text += [f"{opinion} of {bench.judge.tokens} tokens.", ""]
+        for part, wrong in compare(bench):
+            text += part
+            bad += wrong
+            if chosen.write is not None:
+                head = chosen.write.read_text(encoding="utf-8").partition(HEADING)[0]
+                chosen.write.write_text(f"{head}{HEADING}\n\n" + "\n".join(text), encoding="utf-8")
     sys.stderr.writelines(f"not as required: {row}\n" for row in bad)
     return 1 if bad else 0
 

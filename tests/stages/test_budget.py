@@ -97,7 +97,7 @@ def start(path: Path) -> int:
 
 @pytest.mark.usefixtures("settled")
 def test_what_was_quantized_before_is_not_measured_again(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names, store = CANDIDATES[1:3], source.parent / "store"
+    names, store = CANDIDATES[:3], source.parent / "store"
     for number, scheme in enumerate(parse_candidates(names)):
         place = Locations(source=str(source), destination=str(source.parent / f"{number}"), store=str(store))
         run(place, uniform(scheme), OPTIONS)
