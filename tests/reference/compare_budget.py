@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as pytest does
 
 from reference.compare_quality import EXAMPLE, TEXT, THREADS, WINDOW_TOKENS
 from reference.compare_search import tensors_of
-from shardmill.core.budget import QUANTIZED, Budget, Wish, parse_candidates
+from shardmill.core.budget import QUANTIZED, Budget, Wish, cost_of, parse_candidates
 from shardmill.core.plan import Plan
 from shardmill.core.recipe import Recipe, uniform
 from shardmill.core.scheme import Scheme, parse_scheme
@@ -125,7 +125,7 @@ class Row:
     divergence: float
     perplexity: float
     error: float
-    """Summed squared error of all weights."""
+    """Costs of all weights, added up: what a budget minimises."""
     parts: str
 
 
@@ -158,7 +158,7 @@ class Bench:
             result = run(locations, recipe, OPTIONS)
             divergence, perplexity = self.judge.measure(destination, result.plan)
         summary = summarize(result.manifest)
-        errors = [w.statistics.squared_error for o in result.outcomes for w in o.receipt.weights]
+        errors = [cost_of(w.statistics, None, w.module) for o in result.outcomes for w in o.receipt.weights]
         row = Row(
             name=name,
             asked=asked,
@@ -178,7 +178,7 @@ def line(row: Row) -> str:
     """Markdown of a result."""
     asked = "" if row.asked is None else f"{row.asked:.3f}"
     sizes = f"{asked} | {row.bits:.3f} | {row.overall:.3f}"
-    return f"| {row.name} | {sizes} | {row.error:.1f} | {row.divergence:.4f} | {row.perplexity:.2f} | {row.parts} |"
+    return f"| {row.name} | {sizes} | {row.error:.2f} | {row.divergence:.4f} | {row.perplexity:.2f} | {row.parts} |"
 
 
 def channel(bits: int) -> Scheme:
@@ -187,7 +187,7 @@ def channel(bits: int) -> Scheme:
 
 
 _TABLE: Final = (
-    "| result | asked | bits per quantized weight | overall | squared error | KL | perplexity | weights |",
+    "| result | asked | bits per quantized weight | overall | error | KL | perplexity | weights |",
     "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
 )
 

@@ -231,8 +231,15 @@ def items_of(
 
 
 def cost_of(statistics: Statistics, importance: Mapping[str, float] | None, module: str) -> float:
-    """What the error of a weight counts: its squared error, by the importance of its inputs if that is known."""
-    return statistics.squared_error * (1.0 if importance is None else importance[module])
+    """What the error of a weight of n elements counts: √n ‖ΔW‖² / ‖W‖², by the importance of its inputs if known.
+
+    Between all weights alike and all elements alike; what else was tried is told in docs/budget.md.
+
+    >>> cost_of(Statistics(count=4, squared_error=0.25, squared_weight=4.0), {"a": 2.0}, "a")
+    0.25
+    """
+    relative = math.sqrt(statistics.count) * statistics.relative_error**2
+    return relative * (1.0 if importance is None else importance[module])
 
 
 def together(modules: Iterable[str], table: FusedTable = TABLE) -> tuple[tuple[str, ...], ...]:
