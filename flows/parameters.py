@@ -7,6 +7,7 @@ created; the rest is refused when the flow starts.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
@@ -20,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from shardmill.core.budget import DEFAULT_CANDIDATES, Wish, parse_budget, parse_candidates
 from shardmill.core.limits import NAMES, Intake, Limits
 from shardmill.core.markdown import plain
 from shardmill.core.plan import PLAIN
@@ -36,6 +38,7 @@ _DEVICE_PATTERN: Final = r"^[a-z]+(:[0-9]+)?(,[a-z]+(:[0-9]+)?)*(?!\n)$"
 _SCHEDULER_PATTERN: Final = r"^(tcp|tls)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}(?!\n)$"
 _DEPLOYMENT_PATTERN: Final = r"^(?!quantize-batch/)[^/]+/[^/]+(?!\n)$"
 """A batch that started itself would wait for ever."""
+_BUDGET_PATTERN: Final = r"^[0-9]+(\.[0-9]+)? ?(bpw|bpw-quantized|B|kB|MB|GB|TB)(?!\n)$"
 _CHOICES: Final = (
     "group_size",
     "ignore",
@@ -259,8 +262,57 @@ class Places(_Form):
     )
 
 
-class QuantizeRequest(Trust, Work, Choices, Places):
+class Sizes(_Form):
+    """A size instead of a scheme."""
+
+    budget: str | None = Field(
+        default=None,
+        max_length=40,
+        pattern=_BUDGET_PATTERN,
+        description="Choose among candidates for each layer, so that the error is the least within a size: bits per "
+        "weight of all tensors (4.5bpw), of quantized weights alone (4.5bpw-quantized), or bytes of all shards (12GB). "
+        "The source is read once more to measure what candidates leave; none for the scheme.",
+        examples=["4.5bpw"],
+    )
+    candidates: list[Pattern] = Field(
+        default_factory=list,
+        max_length=20,
+        description="For a budget: presets to choose among, with another group size behind a colon, such as W4A16:64; "
+        f"none for {', '.join(DEFAULT_CANDIDATES)}.",
+    )
+
+
+class QuantizeRequest(Trust, Work, Sizes, Choices, Places):
     """What is quantized, how, and where."""
+
+    @model_validator(mode="after")
+    def _budget_or_scheme(self) -> Self:
+        if self.candidates and self.budget is None:
+            raise ValueError("candidates go with a budget")
+        is_chosen = self.scheme != type(self).model_fields["scheme"].default
+        if self.budget is not None and (self.recipe is not None or self.dequantize or is_chosen):
+            raise ValueError("a budget chooses schemes: leave scheme, recipe and dequantize at their defaults")
+        return self
+
+    @property
+    def scheme_label(self) -> str:
+        """As of `Choices`; the size where one is asked for."""
+        return super().scheme_label if self.budget is None else self.budget.replace(" ", "")
+
+    @property
+    def wish(self) -> Wish | None:
+        """What is asked for where a size is given instead of a scheme.
+
+        Raises:
+            RecipeInvalid: an unknown candidate, or no such size.
+        """
+        if self.budget is None:
+            return None
+        base = self.model_copy(update={"group_size": None}).to_recipe()
+        search = base.groups[0].scheme.search
+        candidates = parse_candidates(self.candidates or DEFAULT_CANDIDATES, self.group_size)
+        found = tuple(replace(scheme, search=search) for scheme in candidates)
+        return Wish(budget=parse_budget(self.budget), candidates=found, base=base)
 
     @property
     def label(self) -> str:
@@ -343,6 +395,9 @@ class BatchRequest(Trust, Work, Choices, Batch):
         Raises:
             RecipeInvalid: a field that does not exist, or a value that does not fit; one problem for each.
         """
+        if {"budget", "candidates"} & set(choices):
+            message = "a batch takes no budget: whether a result is up to date is told by its recipe"
+            raise RecipeInvalid([Problem(file=source, kind="batch-choice", message=message, way_out="give a recipe")])
         inherited = {*Choices.model_fields, *Work.model_fields, *Trust.model_fields}
         if "recipe" in choices:
             inherited -= {"scheme", *_CHOICES}

@@ -16,6 +16,7 @@ from typing import Any
 from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
 
+from shardmill.core.budget_recipe import render_solution
 from shardmill.core.checks import source_names
 from shardmill.core.manifest import parse_manifest
 from shardmill.core.outcome import ShardOutcome
@@ -37,6 +38,7 @@ from shardmill.stages.validate import pin_readable, refuse_problems
 from shardmill.storage.claim import Claim
 from shardmill.storage.documents import check_document
 from shardmill.storage.location import parse_location
+from shardmill.tasks.budget import choose_schemes
 from shardmill.tasks.finalize import finalize_checkpoint, find_published
 from shardmill.tasks.plan import find_kept, plan_checkpoint
 from shardmill.tasks.quantize import confirm_shard, quantize_shard
@@ -87,7 +89,7 @@ def _convert(request: QuantizeRequest, job: Job, started: float) -> FlowSummary:
     if request.page is not None:
         check_document(request.page)
     with workbench(job) as bench:
-        plan = _checked_plan(request.to_recipe(), job)
+        plan = _checked_plan(_recipe(request, job), job)
         bench.store.prepare()
         destination = job.locations.open_destination()
         if destination.is_free():
@@ -137,6 +139,17 @@ def _make(
             if not left:
                 raise
     raise AssertionError(f"no round of {ROUNDS} ended")
+
+
+def _recipe(request: QuantizeRequest, job: Job) -> Recipe:
+    """The recipe that was asked for, or the one that keeps to a budget."""
+    wish = request.wish
+    if wish is None:
+        return request.to_recipe()
+    found = choose_schemes(uninspected(wish), job)
+    for line in render_solution(found.solution):
+        get_run_logger().info("%s", line)
+    return found.recipe
 
 
 def _checked_plan(recipe: Recipe, job: Job) -> Plan:

@@ -28,7 +28,7 @@ from shardmill.errors import (
 )
 from shardmill.stages.pipeline import RunOptions, RunResult, Watcher, run
 from shardmill.stages.plan import Locations
-from shardmill.stages.quantize import _Sources
+from shardmill.stages.quantize import Sources
 from shardmill.storage import s3_client
 from shardmill.storage.claim import new_claim
 from shardmill.storage.folder import Reader
@@ -181,7 +181,7 @@ def test_flipped_bits_in_fused_partners_are_found(
     bucket: Bucket, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The digest of a partner is of the whole shard, of which only a part is read."""
-    open_ = _Sources.open
+    open_ = Sources.open
 
     class Flipping:
         def __init__(self, reader: Reader) -> None:
@@ -191,16 +191,16 @@ def test_flipped_bits_in_fused_partners_are_found(
             self.reader.read_into(offset, view)
             view.cast("B")[-1] ^= 1
 
-    def open_damaged(self: _Sources, name: str) -> Any:
+    def open_damaged(self: Sources, name: str) -> Any:
         reader = open_(self, name)
         return reader if name == self.shard.name else Flipping(reader)
 
-    monkeypatch.setattr(_Sources, "open", open_damaged)
+    monkeypatch.setattr(Sources, "open", open_damaged)
     with pytest.raises(ShardFailures) as caught:
         convert(bucket.locations)
     assert all(isinstance(error, TransferDamaged) for _, error in caught.value.failures)
     assert "config.json" not in bucket.result()
-    monkeypatch.setattr(_Sources, "open", open_)
+    monkeypatch.setattr(Sources, "open", open_)
     result = convert(bucket.locations)
     assert {o.shard for o in result.outcomes if len(o.sources) > 1} == {name for name, _ in caught.value.failures}
     assert bucket.result() == expected

@@ -53,7 +53,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     compute = quantize._compute
 
-    def note(sources: quantize._Sources, *args: Any) -> Receipt:
+    def note(sources: quantize.Sources, *args: Any) -> Receipt:
         names.append(sources.shard.name)
         return compute(sources, *args)
 

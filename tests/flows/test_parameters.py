@@ -45,6 +45,8 @@ REFUSED: list[tuple[str, Any]] = [
     ("destination", "https://token@host/m"),
     ("store", "s3://name:word@bucket/m"),
     ("recipe", ["W4A16"]),
+    ("budget", "4.5"),
+    ("budget", "4.5bpw\n"),
     ("schema", "W4A16"),
     ("Source", "/models/m"),
 ]
@@ -57,6 +59,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {"scheme": "W4A16", "group_size": 64, "ignore": ["lm_head", "re:.*router"], "workers": 3, "verify": "full"},
     {"device": "cuda:0,cuda:1"},
     {"device": "cuda"},
+    {"budget": "4.5bpw-quantized", "candidates": ["W4A16:64", "W8A16"]},
     {"expert_layout": "rows", "indivisible": "copy", "partial_fused": True, "default_ignores": False},
     {"recipe": {"groups": [{"scheme": "FP8_DYNAMIC"}]}},
 ]
@@ -183,3 +186,27 @@ def test_the_form_takes_every_limit_and_tells_what_is_let_in() -> None:
     assert request.locations.intake == Intake(limits=Limits(rank=12), allow_code=True)
     with pytest.raises(RecipeInvalid, match="from 1 to 64"):
         _ = QuantizeRequest(source="/a", destination="/b", limits={"rank": 65}).locations
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"candidates": ["W4A16", "W8A16"]},
+        {"budget": "5bpw", "scheme": "W4A16"},
+        {"budget": "5bpw", "dequantize": True},
+        {"budget": "5bpw", "recipe": {"scheme": "W4A16"}},
+    ],
+)
+def test_a_budget_goes_with_no_scheme_and_no_recipe(choices: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="budget"):
+        QuantizeRequest.model_validate(MINIMAL | choices)
+
+
+def test_a_budget_is_wished_for_with_the_search_and_all_other_choices() -> None:
+    choices = {"budget": "12GB", "candidates": ["W4A16", "FP8_DYNAMIC"], "group_size": 64, "search": "mse"}
+    request = QuantizeRequest.model_validate(MINIMAL | choices | {"ignore": ["a"]})
+    wish = request.wish
+    assert wish is not None
+    assert [scheme.label for scheme in wish.candidates] == ["int4 group 64 mse", "FP8_DYNAMIC mse"]
+    assert (wish.budget.amount, wish.base.ignore, request.label) == (12e9, ("a",), "m-12GB")
+    assert QuantizeRequest.model_validate(MINIMAL).wish is None

@@ -163,7 +163,7 @@ def test_a_run_tells_bytes_rate_and_hits_while_it_works(ask: Ask, monkeypatch: p
     seen: list[tuple[float, str]] = []
     compute = quantize._compute
 
-    def wait_for_update(sources: quantize._Sources, *rest: Any) -> Any:
+    def wait_for_update(sources: quantize.Sources, *rest: Any) -> Any:
         sources.on_bytes(sources.shard.size // 2)
         seen.append(wait_until("the server has seen bytes", progress_of_newest_run))
         sources.on_bytes(-(sources.shard.size // 2))

@@ -22,8 +22,12 @@ from shardmill.core.recipe import uniform
 from shardmill.errors import DestinationInvalid, NonFiniteWeight, Refused, ShardFailures
 from shardmill.flows.quantize_checkpoint import FlowSummary, quantize_checkpoint
 from shardmill.stages import finalize
+from shardmill.stages.budget import solve_budget
 from shardmill.stages.pipeline import RunOptions, run
 from shardmill.stages.plan import Locations
+from shardmill.storage.location import open_folder
+from shardmill.storage.source import open_source
+from shardmill.storage.store import Store
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -314,4 +318,18 @@ def test_a_source_that_is_quantized_already(tmp_path: Path, ask: Ask, choices: d
     summary = quantize_checkpoint(request)
 
     assert summary.shards == 5
+    assert files(tmp_path / "result") == files(tmp_path / "loop" / "result")
+
+
+def test_a_budget_gives_what_its_recipe_gives(source: Path, tmp_path: Path, ask: Ask) -> None:
+    request = ask(budget="6.5bpw-quantized", candidates=["NVFP4A16", "FP8_DYNAMIC"])
+    wish = request.wish
+    assert wish is not None
+    store = Store(open_folder(str(tmp_path / "another")))
+    found = solve_budget(open_source(str(source)), store, wish, RunOptions(device="cpu"))
+    run(Locations(source=str(source), destination=str(tmp_path / "loop" / "result")), found.recipe)
+
+    summary = quantize_checkpoint(request)
+
+    assert summary.bits_per_weight == round(found.solution.bits_per_weight, 3)
     assert files(tmp_path / "result") == files(tmp_path / "loop" / "result")

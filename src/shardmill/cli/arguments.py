@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from shardmill import __version__
+from shardmill.core.budget import DEFAULT_CANDIDATES, Wish, parse_budget, parse_candidates
 from shardmill.core.limits import NAMES, Intake, Limits
-from shardmill.core.recipe import EXPERT_LAYOUTS, INDIVISIBLE, Recipe, parse_recipe, with_search
+from shardmill.core.recipe import EXPERT_LAYOUTS, INDIVISIBLE, Recipe, parse_recipe, uniform, with_search
 from shardmill.core.scheme import SEARCHES, parse_search
 from shardmill.core.strict_json import parse_json
 from shardmill.errors import Problem, RecipeInvalid, Refused
@@ -54,6 +55,9 @@ class Options:
     allow_code: bool = False
     allow_nonfinite: bool | None = None
     dequantize: bool = False
+    budget: str | None = None
+    candidates: str | None = None
+    write_recipe: str | None = None
     store: str = ""
     device: str = "auto"
     workers: int = 0
@@ -121,6 +125,9 @@ def _build_parser() -> argparse.ArgumentParser:
     plan = verb("plan", "show what would be done to every tensor, exact sizes included; reads headers only")
     plan.add_argument("source", metavar="SRC", help=_SOURCE)
     _add_recipe(plan)
+    kept = "with --budget: where measured errors are kept (default: .shardmill in this folder)"
+    _add_store_location(plan.add_argument, kept)
+    plan.add_argument("--device", default="auto", help="with --budget: as `run` has it (default: auto)")
     _add_intake(plan)
     _add_serving(plan)
     _add_json(plan)
@@ -177,6 +184,22 @@ def _add_recipe(parser: argparse.ArgumentParser, *, takes_several: bool = False)
     choice.add_argument("--recipe", metavar="FILE", help="a recipe in JSON or YAML")
     choice.add_argument(
         "--dequantize", action="store_true", help="write a plain BF16 checkpoint from one that is quantized"
+    )
+    choice.add_argument(
+        "--budget",
+        metavar="SIZE",
+        help="choose among candidates for each layer, so that the error is the least within a size: 4.5bpw (bits per"
+        " weight of all tensors), 4.5bpw-quantized (of quantized weights alone) or 12GB (of all shards); reads SRC once"
+        " more to measure what candidates leave",
+    )
+    group.add_argument(
+        "--candidates",
+        metavar="A,B,...",
+        help="with --budget: presets to choose among, with another group size behind a colon, such as W4A16:64"
+        f" (default: {','.join(DEFAULT_CANDIDATES)})",
+    )
+    group.add_argument(
+        "--write-recipe", metavar="FILE", help="with --budget: write what was chosen as a recipe in YAML, to be edited"
     )
     group.add_argument("--group-size", type=_positive, metavar="N", help="input features that share a scale")
     group.add_argument(
@@ -335,6 +358,11 @@ def read_recipe(options: Options) -> Recipe:
     Raises:
         RecipeInvalid: unknown scheme, unreadable file, options that do not go together.
     """
+    if options.budget is not None:
+        return read_wish(options, options.budget).base
+    for option, value in (("--candidates", options.candidates), ("--write-recipe", options.write_recipe)):
+        if value is not None:
+            raise _invalid(f"{option} goes with --budget")
     if options.dequantize:
         recipe = parse_recipe({"dequantize": True} | ({"group_size": options.group_size} if options.group_size else {}))
     elif options.recipe is None:
@@ -343,6 +371,23 @@ def read_recipe(options: Options) -> Recipe:
         raise _invalid("--group-size does not go with --recipe", "set group_size in the file")
     else:
         recipe = parse_recipe(_read_recipe_file(Path(options.recipe)))
+    return _completed(recipe, options)
+
+
+def read_wish(options: Options, budget: str) -> Wish:
+    """What is asked for where a size is given instead of a scheme.
+
+    Raises:
+        RecipeInvalid: an unknown candidate, or no such size.
+    """
+    names = DEFAULT_CANDIDATES if options.candidates is None else options.candidates.split(",")
+    recipes = [_completed(uniform(s), options) for s in parse_candidates(names, options.group_size)]
+    candidates = tuple(recipe.groups[0].scheme for recipe in recipes)
+    return Wish(budget=parse_budget(budget), candidates=candidates, base=recipes[0])
+
+
+def _completed(recipe: Recipe, options: Options) -> Recipe:
+    """A recipe with what options say beside the scheme."""
     changes: dict[str, Any] = {
         name: value
         for name in ("default_ignores", "indivisible", "expert_layout", "partial_fused", "allow_nonfinite")

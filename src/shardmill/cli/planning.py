@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -30,19 +30,31 @@ def plan(options: Options, console: Console) -> int:
     from shardmill.stages.validate import validate_plan
     from shardmill.storage.source import open_source
 
+    recipe, told = read_recipe(options), dict[str, Any]()
+    source = open_source(options.source, read_intake(options))
+    if options.budget is not None:
+        from shardmill.cli.budgeting import solve_plan  # few ask for it
+
+        recipe, told = solve_plan(source, options, options.budget, console)
     with collection_paused():
-        found = make_plan(open_source(options.source, read_intake(options)), read_recipe(options))
+        found = make_plan(source, recipe)
         problems = validate_plan(found)
-        return show_plan(found, problems, options, console)
+        return show_plan(found, problems, options, console, told)
 
 
-def show_plan(found: Plan, problems: Sequence[Problem], options: Options, console: Console) -> int:
-    """Print a plan, or why it is refused; returns the exit code."""
+def show_plan(
+    found: Plan, problems: Sequence[Problem], options: Options, console: Console, told: Mapping[str, Any] | None = None
+) -> int:
+    """Print a plan, or why it is refused; returns the exit code.
+
+    Args:
+        told: what else the document holds.
+    """
     serving = check_plan_serving(found, options.tp) if not problems else []
     if options.json:
         status = "refused" if problems else "done"
         document = plan_document(found, problems) | serving_document(serving, options)
-        print_document({"command": options.command, "status": status, **document})
+        print_document({"command": options.command, "status": status, **document, **(told or {})})
     elif not problems:
         summary = summarize_plan(found)
         told = render(replace(summary, warnings=(*summary.warnings, *serving)))

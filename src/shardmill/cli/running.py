@@ -21,7 +21,7 @@ from shardmill.core.recipe import Recipe
 from shardmill.core.serving import check_plan_serving
 from shardmill.core.shell import command_line
 from shardmill.core.summary import human_bytes, render, render_warnings, summarize, summary_document
-from shardmill.errors import Refused, show
+from shardmill.errors import Problem, RecipeInvalid, Refused, show
 
 if TYPE_CHECKING:
     from shardmill.core.outcome import ShardOutcome
@@ -42,10 +42,15 @@ def run(options: Options, console: Console) -> int:
     if chosen.dry_run:
         return _dry_run(locations, chosen, console)
     stop = threading.Event()
+    told: dict[str, Any] = {}
     with stop_on_interrupt(stop):
+        if chosen.budget is not None:
+            from shardmill.cli.budgeting import solve_run  # few ask for it
+
+            locations, recipe, told = solve_run(locations, chosen, chosen.budget, console, stop)
         result = run_stages(locations, recipe, settings(chosen), watcher=watcher(console, stop), stop=stop)
     console.close_progress()
-    document = show_result(result, chosen, console)
+    document = show_result(result, chosen, console) | told
     if chosen.json:
         print_document(document)
     write_result(result, chosen, console)
@@ -62,6 +67,9 @@ def read_request(options: Options) -> tuple[Locations, Recipe]:
     from shardmill.stages.plan import Locations
 
     recipe = read_recipe(options)
+    if options.budget is not None and options.dry_run:
+        message = "--dry-run does not go with --budget: what candidates leave is measured, and kept in the store"
+        raise RecipeInvalid([Problem(kind="budget", message=message, way_out="use plan --budget")])
     check_documents(options)
     locations = Locations(
         source=options.source, destination=options.destination, store=options.store, intake=read_intake(options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -79,7 +79,7 @@ class Receipt:
                 "size": self.blob.size,
             },
             "tensors": list(self.tensors),
-            "weights": [{"module": w.module, "scheme": w.scheme, **w.statistics.to_json()} for w in self.weights],
+            "weights": weights_to_json(self.weights),
             "producer": dict(self.producer),
         }
         if self.nonfinite:  # what nearly no receipt has is left out
@@ -103,13 +103,28 @@ def parse_receipt(data: bytes) -> Receipt:
             key=_text(raw["key"]),
             blob=_parse_blob(raw["blob"]),
             tensors=tuple(map(_text, _list(raw["tensors"]))),
-            weights=tuple(_parse_weight(entry) for entry in _list(raw["weights"])),
+            weights=parse_weights(raw["weights"]),
             producer=tuple((_text(name), _text(version)) for name, version in sorted(raw["producer"].items())),
             nonfinite=tuple(_parse_nonfinite(entry) for entry in _list(raw.get("nonfinite", []))),
             stem=_stem(raw.get("stem", "")),
         )
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"malformed receipt: {type(error).__name__} {error}") from error
+
+
+def weights_to_json(weights: Sequence[WeightRecord]) -> list[dict[str, Any]]:
+    """Describe what was measured of weights."""
+    return [{"module": w.module, "scheme": w.scheme, **w.statistics.to_json()} for w in weights]
+
+
+def parse_weights(raw: Any) -> tuple[WeightRecord, ...]:
+    """Read what `weights_to_json` made.
+
+    Raises:
+        KeyError: a field is missing.
+        TypeError: one is of the wrong type.
+    """
+    return tuple(_parse_weight(entry) for entry in _list(raw))
 
 
 def _text(value: Any) -> str:

@@ -36,7 +36,7 @@ class Controls:
 
 
 @dataclass(slots=True)
-class _Sources:
+class Sources:
     """Open source shards of one job; each stays in the state in which it was first met."""
 
     shard: ShardPlan
@@ -56,7 +56,7 @@ class _Sources:
         """Take the digest of a source shard, remembered or read; returns the bytes that were read for it."""
         digest, identity, was_read = store.source_digest(self.source, name, stop=stop)
         if stop():
-            raise _interrupted()
+            raise interrupted()
         self.identities[name], self.digests[name] = identity, digest
         return identity.size if was_read else 0
 
@@ -153,7 +153,8 @@ class _Sources:
         return self.shard.job_key({name: str(digest) for name, digest in self.digests.items()})
 
 
-def _interrupted() -> Interrupted:
+def interrupted() -> Interrupted:
+    """What tells that a shard was stopped."""
     return Interrupted("stopped on request; finished shards stay in the store, run again to go on")
 
 
@@ -173,7 +174,7 @@ def quantize_shard(shard: ShardPlan, source: SourceFolder, store: Store, control
     """
     started = time.monotonic()
     with ExitStack() as stack:
-        sources = _Sources(shard, source, stack, controls.on_bytes)
+        sources = Sources(shard, source, stack, controls.on_bytes)
         with collection_paused():
             shape = shard.shape()
         hashed = sum(
@@ -182,7 +183,7 @@ def quantize_shard(shard: ShardPlan, source: SourceFolder, store: Store, control
             if name != shard.name or store.known_digest(sources.meet(name)) is not None or store.may_hold(shape)
         )
         if controls.should_stop():
-            raise _interrupted()
+            raise interrupted()
         receipt = store.lookup(sources.key, shard) if shard.name in sources.digests else None
         is_hit = receipt is not None
         if receipt is None:
@@ -214,7 +215,7 @@ def failed_checks(outcomes: Iterable[ShardOutcome], store: Store) -> int:
     return len(store.failed_checks.union(*(outcome.failed_checks for outcome in outcomes)))
 
 
-def _open_unchanged(sources: _Sources) -> None:
+def open_unchanged(sources: Sources) -> None:
     """Open the shard and compare headers with the plan, all under the identities that the digests belong to."""
     shard, source = sources.shard, sources.source
     sources.open(shard.name)
@@ -226,7 +227,7 @@ def _open_unchanged(sources: _Sources) -> None:
             raise SourceChanged(f"{show(name)} changed after its digest was taken; run again")
 
 
-def _compute(sources: _Sources, store: Store, controls: Controls) -> Receipt:
+def _compute(sources: Sources, store: Store, controls: Controls) -> Receipt:
     from shardmill.kernels.lanes import needs_torch  # kernels take long to import, and a hit needs none
     from shardmill.kernels.shard import encode_shard
 
@@ -236,10 +237,10 @@ def _compute(sources: _Sources, store: Store, controls: Controls) -> Receipt:
         header = layout.header()
     with controls.devices.lend() as device:
         if controls.should_stop():
-            raise _interrupted()
+            raise interrupted()
         if needs_torch(shard, device):
             limit_threads(controls.devices.devices)
-        _open_unchanged(sources)
+        open_unchanged(sources)
         stem = store.stem(shard, sources.identities)
         writer = store.writer(stem or shard.shape(), len(header) + layout.data_bytes)
         nonfinite: list[NonFinite] = []

@@ -7,6 +7,7 @@
     verified/<key>.json          the state in which a blob was last found to be the one of its receipt
     published/<destination>.json the jobs whose results were published somewhere
     set-aside/                   blobs whose check failed
+    errors/<key>.json            what a job would leave of each weight, where that was measured and nothing written
 
 A hit = the receipt parses, its key is the one asked for, it promises what the plan wants, and the blob has the recorded
 size and digests. Anything less is a counted miss with a warning. A blob in the state in which it was verified is
@@ -24,7 +25,7 @@ import logging
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import IO, Final
@@ -32,7 +33,7 @@ from typing import IO, Final
 from shardmill.core.digest import Digest, canonical_json, digest_json
 from shardmill.core.layout import ShardLayout
 from shardmill.core.plan import ShardPlan
-from shardmill.core.receipt import Receipt, parse_receipt
+from shardmill.core.receipt import Receipt, WeightRecord, parse_receipt, parse_weights, weights_to_json
 from shardmill.errors import ObjectMissing, Problem, SourceChanged, StorageFailed, StorageUnavailable, show
 from shardmill.storage.folder import FileIdentity, Folder, Writer
 from shardmill.storage.hashing import hash_edges, hash_file
@@ -243,6 +244,29 @@ class Store:
         self._doubt(blob_name(receipt.blob_stem), message)
         self._set_aside(receipt)
         return None
+
+    def errors(self, key: str) -> tuple[WeightRecord, ...] | None:
+        """What a job leaves of each weight: from its receipt, or from a pass that only measured; None if unknown."""
+        receipt = self._read_receipt(key)
+        if receipt is not None:
+            return receipt.weights
+        name = _errors_name(key)
+        try:
+            return _parse_errors(self._read(name, _SMALL_LIMIT), of=key)
+        except ObjectMissing:
+            return None
+        except StorageUnavailable:
+            raise
+        except (StorageFailed, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            self._doubt(name, f"measured errors {key[:12]} cannot be used: {error}; the shard is measured again")
+            return None
+
+    def put_errors(self, key: str, weights: Sequence[WeightRecord]) -> tuple[WeightRecord, ...]:
+        """Keep what a job leaves of each weight; returns it as it is found again."""
+        name = _errors_name(key)
+        record = canonical_json({"of": key, "weights": weights_to_json(weights)})
+        self.folder.put(name, self._seal.close(name, record), durable=False)
+        return _parse_errors(record, of=key)
 
     def drop_gone(self, receipts: Iterable[Receipt]) -> list[Receipt]:
         """Forget the receipts whose blob is not there any more, and return them."""
@@ -481,9 +505,13 @@ class Store:
     def collect(self, *, older_than: float, keep: Collection[str] = ()) -> list[Entry]:
         """Delete what is older than `older_than` seconds, not in use by a destination and not in `keep`.
 
-        The receipt goes before its blob, so that no receipt ever speaks of a blob that is gone.
+        The receipt goes before its blob, so that no receipt ever speaks of a blob that is gone. Measured errors go
+        without being told of: they are small.
         """
         limit = time.time() - older_than
+        for name, state in self.folder.listing("errors/").items():
+            if state.modified < limit:
+                self.folder.remove(name)
         doomed = [e for e in self.entries() if not e.is_published and e.key not in keep and e.modified < limit]
         for entry in doomed:
             receipt = self._read_receipt(entry.key)
@@ -534,6 +562,17 @@ def _promises(receipt: Receipt, layout: ShardLayout, header_bytes: int) -> bool:
         and receipt.tensors == tuple(placed.spec.name for placed in layout.placed)
         and [weight.module for weight in receipt.weights] == weights
     )
+
+
+def _errors_name(key: str) -> str:
+    return f"errors/{key}.json"
+
+
+def _parse_errors(data: bytes, *, of: str) -> tuple[WeightRecord, ...]:
+    raw = json.loads(data)
+    if raw["of"] != of:
+        raise ValueError("it speaks of another job")
+    return parse_weights(raw["weights"])
 
 
 def _parse_digest(data: bytes, *, of: str) -> Digest:
