@@ -39,6 +39,16 @@ SCHEMES: Final[Mapping[str, dict[str, Any]]] = {
     "NVFP4A16": {"scheme": "NVFP4A16"},
     "W4A16": {"scheme": "W4A16", "group_size": 32},
 }
+FURTHER_SCHEMES: Final[Mapping[str, dict[str, Any]]] = {
+    "FP8_BLOCK": {"scheme": "FP8_BLOCK"},
+    "W8A8": {"scheme": "W8A8"},
+    "MXFP8": {"scheme": "MXFP8"},
+    "MXFP4A16": {"scheme": "MXFP4A16"},
+    "W8A16": {"scheme": "W8A16", "group_size": 32},
+    "W4A16_ASYM": {"scheme": "W4A16_ASYM", "group_size": 32},
+}
+"""The other formats; transformers refuses experts in most of them."""
+_RECIPES: Final = {**SCHEMES, **FURTHER_SCHEMES}
 LARGEST_DIFFERENCE: Final = 1e-2
 """Of logits of the same weights, read by two readers."""
 REFUSED: Final = {"gpt2": "weight-transposed"}
@@ -57,6 +67,8 @@ _TRANSFORMERS_CANNOT: Final = frozenset({"mistral_consolidated", "deepseek_v4"})
 """The one has names of its own; the code of the other computes in no dtype but float32."""
 _ASKS_FOR_WEIGHT: Final = frozenset({"mamba2", "modernbert", "falcon", "t5"})
 """Architectures whose code in transformers reads `weight` of layers that hold `weight_packed` instead."""
+_EXPERTS_IN_TRANSFORMERS: Final = frozenset({"FP8_DYNAMIC", "W4A16"})
+"""Formats in which it loads experts, and loads them rightly."""
 _SETS: Final = (
     {"q_proj", "k_proj", "v_proj"},
     {"wq", "wk", "wv"},
@@ -110,7 +122,7 @@ def check_cell(zoo: Zoo, name: str, scheme: str) -> Cell:
     result = zoo.home / name / scheme
     locations = Locations(source=str(source), destination=str(result), store=str(zoo.home / "store"))
     try:
-        run(locations, parse_recipe(SCHEMES[scheme]), RunOptions(device="cpu", workers=1))
+        run(locations, parse_recipe(_RECIPES[scheme]), RunOptions(device="cpu", workers=1))
     except Refused as error:
         if {problem.kind for problem in error.problems} != {REFUSED.get(name)}:
             raise
@@ -129,8 +141,9 @@ def check_cell(zoo: Zoo, name: str, scheme: str) -> Cell:
     check_params_json(result, config)
     sets = check_global_scales(modules) if scheme == "NVFP4A16" else 0
     oracle, difference, loss = check_logits(zoo, name, scheme, after, modules, config)
-    dense = sum(key.endswith(".weight") and tensor.dim() == 2 for key, tensor in after.items()) - len(modules) * (
-        scheme == "FP8_DYNAMIC"
+    dense = sum(
+        key.endswith(".weight") and tensor.dim() == 2 and key.removesuffix(".weight") not in modules
+        for key, tensor in after.items()
     )
     return Cell(
         model=name,
@@ -277,7 +290,7 @@ def _join(rows: list[Tensor], layout: str, *, is_bias: bool) -> Tensor:
 def check_experts(name: str, scheme: str, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
     """Codes and scales of every expert are those that compressed-tensors gives for its true slice."""
     args = parse_scheme(scheme)
-    if size := SCHEMES[scheme].get("group_size"):
+    if size := _RECIPES[scheme].get("group_size"):
         args = with_group_size(args, size)
     slices = dict(true_slices(name, before))
     for key, part in slices.items():
@@ -372,24 +385,37 @@ def check_params_json(result: Path, config: Mapping[str, Any]) -> None:
 # ---- logits -----------------------------------------------------------------------------------------------------
 
 
-def own_weights(after: Mapping[str, Tensor], modules: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def own_weights(
+    after: Mapping[str, Tensor], modules: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any]
+) -> dict[str, Tensor]:
     """All tensors of a result with dense weights, by the formulas of the formats, rounded to BF16."""
+    bits, block = _told_by(config)
     found = {name: tensor for name, tensor in after.items() if name.rpartition(".")[0] not in modules}
     for module, params in modules.items():
         stored = {
             param: (_DTYPES[str(tensor.dtype)], tuple(tensor.shape), _octets(tensor))
             for param, tensor in params.items()
         }
-        values = decode(stored, _shape(params), 4)
+        values = decode(stored, _shape(params), bits, block)
         found[f"{module}.weight"] = torch.from_numpy(values.astype("float32").copy()).to(torch.bfloat16)
         if "bias" in params:
             found[f"{module}.bias"] = params["bias"]
     return found
 
 
+def _told_by(config: Mapping[str, Any]) -> tuple[int, tuple[int, int] | None]:
+    """What tensors do not tell: bits of packed integers, and the shape of blocks."""
+    told = {
+        (args["num_bits"], tuple(args.get("block_structure") or ()) or None)
+        for args in (group["weights"] for group in config["config_groups"].values())
+    }
+    assert len(told) == 1, "one format is read at a time"
+    return told.pop()
+
+
 _DTYPES: Final = {
-    "torch.bfloat16": "BF16", "torch.float32": "F32", "torch.uint8": "U8", "torch.int32": "I32", "torch.int64": "I64",
-    "torch.float8_e4m3fn": "F8_E4M3",
+    "torch.bfloat16": "BF16", "torch.float32": "F32", "torch.uint8": "U8", "torch.int8": "I8", "torch.int32": "I32",
+    "torch.int64": "I64", "torch.float8_e4m3fn": "F8_E4M3",
 }  # fmt: skip
 
 
@@ -424,35 +450,44 @@ def check_logits(
     """Logits of the weights as we read them are those of the weights as others do."""
     source, _ = zoo.source(name)
     before = load_file(source / "model.safetensors")
-    own = logits(_folder(zoo, source, name, restacked(name, own_weights(after, modules), before)), name)
+    own = dense_logits(zoo, name, own_weights(after, modules, config))
     if is_read_by_transformers(name, scheme, before, modules):
         oracle = "transformers"
         found = logits(_without_activations(zoo.home / name / scheme), name)
     else:
         oracle = "compressed-tensors"
         decoded = library_weights(after, modules, config)
-        found = logits(_folder(zoo, source, name, restacked(name, decoded, before)), name)
-    whole = logits(_folder(zoo, source, name, before), name)
-    difference, loss = _relative(own, found), _relative(own, whole)
+        found = dense_logits(zoo, name, decoded)
+    whole = dense_logits(zoo, name, before)
+    difference, loss = relative(own, found), relative(own, whole)
     assert difference <= LARGEST_DIFFERENCE, f"{difference} from {oracle}"
     assert 0 < loss < 1.5, f"logits differ by {loss} from those of the source"
     return oracle, difference, loss
 
 
+def dense_logits(zoo: Zoo, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Logits of the source's model with the dense weights of a result, or with its own."""
+    source, _ = zoo.source(name)
+    before = load_file(source / "model.safetensors")
+    whole = tensors if tensors.keys() == before.keys() else restacked(name, tensors, before)
+    return logits(_folder(zoo, source, name, whole), name)
+
+
 def is_read_by_transformers(name: str, scheme: str, before: Mapping[str, Tensor], modules: Mapping[str, Any]) -> bool:
     """Whether transformers loads the result itself, and rightly.
 
-    It does not put split experts together again, and drops the global scale of experts in NVFP4
-    (huggingface/transformers#48371); names of Mistral's own it does not know.
+    It does not put split experts together again, drops the global scale of experts in NVFP4
+    (huggingface/transformers#48371) and refuses them in some formats; names of Mistral's own it does not know.
     """
     if name in _TRANSFORMERS_CANNOT or any(True for _ in true_slices(name, before)):
         return False
     if name in _ASKS_FOR_WEIGHT and scheme != "FP8_DYNAMIC":
         return False
-    return scheme != "NVFP4A16" or not any(".experts." in module for module in modules)
+    return scheme in _EXPERTS_IN_TRANSFORMERS or not any(".experts." in module for module in modules)
 
 
-def _relative(found: Tensor, reference: Tensor) -> float:
+def relative(found: Tensor, reference: Tensor) -> float:
+    """Norm of the difference over norm."""
     return float((found - reference).norm() / reference.norm())
 
 
