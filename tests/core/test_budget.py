@@ -100,12 +100,12 @@ def llama(layers: int = 4) -> Shapes:
 
 
 def experts(layers: int = 2, count: int = 3) -> Shapes:
-    return {
-        f"model.layers.{layer}.mlp.experts.{expert}.{leaf}.weight": (64, 64)
-        for layer in range(layers)
-        for expert in range(count)
-        for leaf in ("w1", "w2", "w3")
-    } | {f"model.layers.{layer}.self_attn.o_proj.weight": (64, 64) for layer in range(layers)}
+    shapes: Shapes = {}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        for expert in range(count):
+            shapes |= {f"{prefix}.mlp.experts.{expert}.{leaf}.weight": (64, 64) for leaf in ("w1", "w2", "w3")}
+    return shapes | {f"model.layers.{layer}.self_attn.o_proj.weight": (64, 64) for layer in range(layers)}
 
 
 @pytest.mark.parametrize(

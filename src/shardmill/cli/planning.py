@@ -43,18 +43,18 @@ def plan(options: Options, console: Console) -> int:
 
 
 def show_plan(
-    found: Plan, problems: Sequence[Problem], options: Options, console: Console, told: Mapping[str, Any] | None = None
+    found: Plan, problems: Sequence[Problem], options: Options, console: Console, more: Mapping[str, Any] | None = None
 ) -> int:
     """Print a plan, or why it is refused; returns the exit code.
 
     Args:
-        told: what else the document holds.
+        more: what else the document holds.
     """
     serving = check_plan_serving(found, options.tp) if not problems else []
     if options.json:
         status = "refused" if problems else "done"
         document = plan_document(found, problems) | serving_document(serving, options)
-        print_document({"command": options.command, "status": status, **document, **(told or {})})
+        print_document({"command": options.command, "status": status, **document, **(more or {})})
     elif not problems:
         summary = summarize_plan(found)
         told = render(replace(summary, warnings=(*summary.warnings, *serving)))
