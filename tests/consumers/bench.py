@@ -167,8 +167,9 @@ class Bench:
     def result(self, case: Case) -> Path:
         """The example in the format of a case."""
         folder = self.home / case.name.replace(" ", "-")
-        source = self.awq[0] if case.is_awq else self.source
-        return folder if folder.exists() else convert(source, folder, case.recipe)
+        if folder.exists():
+            return folder
+        return convert(self.awq[0] if case.is_awq else self.source, folder, case.recipe)
 
     def in_vllm(self, checkpoint: Path, kernels: str = NATIVE) -> Heard:
         """Let vLLM load a checkpoint and read the text."""

@@ -29,6 +29,11 @@ class Case:
     is_awq: bool = False
     """Whether the source is the example as AWQ stores it, in groups of `AWQ_GROUP`; its values count as whole."""
 
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether vLLM computes with activations of 8 bits; test kernels leave them as they are."""
+        return self.kernels == NATIVE and self.recipe["scheme"] in {"FP8_DYNAMIC", "W8A8"}
+
 
 NVFP4_LIMIT: Final = 23.19 / 19.14
 FP8_LIMIT: Final = 20.04 / 19.14

@@ -23,6 +23,7 @@ from consumers.judging import (
     FEW_LAYERS,
     LARGEST_DIFFERENCE,
     LARGEST_DISTANCE,
+    LARGEST_DISTANCE_ROUNDED,
     InTransformers,
     InVllm,
     Judge,
@@ -49,8 +50,8 @@ measured: formats without a row, and quantized experts, for which vLLM has nothi
   be passed by {margin:.0%}. MXFP4A16 had 1.425 there, and its limit is what it has on this text: its divergence is the
   reference's to four digits, see [quality.md](quality.md). With the AWQ source, codes that are kept may cost nothing.
 - `distance`: mean difference of log-probabilities, in nats, from those that transformers computes in float32 with a
-  dense copy of the weights, which a reader that shares nothing with the package made; at most {distance}. BF16 has
-  {noise:.3f}, for vLLM computes in BF16.
+  dense copy of the weights, which a reader that shares nothing with the package made; at most {distance}, or {rounded}
+  where vLLM rounds activations, too (FP8_DYNAMIC, W8A8). BF16 has {noise:.3f}, for vLLM computes in BF16.
 """
 _TRANSFORMERS = """
 ## Dense models in transformers
@@ -112,6 +113,7 @@ def render(
         awq=awq.perplexity,
         margin=MARGIN - 1,
         distance=LARGEST_DISTANCE,
+        rounded=LARGEST_DISTANCE_ROUNDED,
         noise=noise,
     )
     control = rows[-1]
