@@ -233,7 +233,7 @@ def not_monotone(rows: Sequence[Row]) -> Iterator[str]:
 def worse(pairs: Sequence[tuple[Row, Row]]) -> Iterator[str]:
     """Budgets to which a uniform scheme is preferable."""
     for solved, alone in pairs:
-        if solved.divergence >= alone.divergence:
+        if solved.divergence > alone.divergence:  # equal where the choice is that scheme
             yield f"{solved.name}: KL {solved.divergence:.4f}, {alone.name} has {alone.divergence:.4f}"
 
 
