@@ -146,7 +146,7 @@ def main(arguments: Sequence[str]) -> int:
     chosen = parser.parse_args(arguments)
     os.environ["TQDM_DISABLE"] = "1"
     with tempfile.TemporaryDirectory() as scratch:
-        home = chosen.keep or Path(scratch)
+        home = (chosen.keep or Path(scratch)).resolve()
         home.mkdir(parents=True, exist_ok=True)
         judge, zoo = Judge(home), Zoo(Path(scratch) / "zoo")
         rows = [judge.in_vllm(case) for case in (*IN_VLLM, UNSHARED)]
