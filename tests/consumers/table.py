@@ -136,6 +136,10 @@ def render(
     )
 
 
+def _cell(home: Path, zoo: Zoo, name: str, scheme: str) -> Cell:
+    return Cell(**kept(home / f"{name}-{scheme}.json", lambda: asdict(check_cell(zoo, name, scheme))))
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run everything and write the document; 1 if something is worse than its limit."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -151,13 +155,10 @@ def main(arguments: Sequence[str]) -> int:
         judge, zoo = Judge(home), Zoo(Path(scratch) / "zoo")
         rows = [judge.in_vllm(case) for case in (*IN_VLLM, UNSHARED)]
         dense = [judge.in_transformers(case) for case in (*CASES, *FROM_AWQ, UNSHARED)]
-        cells = [
-            Cell(**kept(home / f"{name}-{scheme}.json", lambda cell=(name, scheme): asdict(check_cell(zoo, *cell))))
-            for name in EXPERTS
-            for scheme in FURTHER_SCHEMES
-        ]
+        cells = [_cell(home, zoo, name, scheme) for name in EXPERTS for scheme in FURTHER_SCHEMES]
         chosen.write.write_text(render(rows, dense, cells, judge.noise()))
-    problems = [problem for row in (*rows[:-1], *dense) for problem in row.problems] + control_problems(rows[-1])
+    problems = [problem for row in rows[:-1] for problem in row.problems] + control_problems(rows[-1])
+    problems += [problem for row in dense for problem in row.problems]
     problems += [f"{cell.model} {cell.scheme}: {cell.loss}" for cell in cells if cell.loss > LARGEST_LOSS[cell.scheme]]
     sys.stderr.writelines(f"worse than required: {problem}\n" for problem in problems)
     return 1 if problems else 0
