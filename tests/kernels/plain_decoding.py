@@ -49,10 +49,11 @@ def numbers(dtype: str, shape: tuple[int, ...], data: bytes) -> Floats:
 
 
 def unpack(words: Array, bits: int, count: int) -> Array:
-    """Fields of `bits` bits from the lowest up, `32 // bits` in a word of each row, stored with an offset."""
-    each = 32 // bits
-    fields = (words.astype(np.uint32)[:, :, None] >> (bits * np.arange(each, dtype=np.uint32))) & ((1 << bits) - 1)
-    return fields.reshape(len(words), -1)[:, :count].astype(np.int64) - (1 << (bits - 1))
+    """Fields of `bits` bits from the lowest up, one after another through the words of each row, with an offset."""
+    octets = np.ascontiguousarray(words).astype("<u4").view(np.uint8)
+    stream = np.unpackbits(octets, axis=1, bitorder="little")[:, : count * bits].astype(np.int64)
+    fields = stream.reshape(len(words), count, bits) << np.arange(bits)
+    return fields.sum(-1) - (1 << (bits - 1))
 
 
 def nibbles(octets: Array) -> Floats:

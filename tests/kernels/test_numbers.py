@@ -146,6 +146,19 @@ INPUTS: Final = {
 """The table of hard inputs; F16 rounds the smallest of them to a few of its steps."""
 
 
+def farthest(scheme: Scheme) -> float:
+    """How far the largest value may move, as a factor.
+
+    E8M0 scales and E2M1 may round up by a quarter. Of two bits the lowest code is -2, and the scale A / 1.5.
+    """
+    return 4 / 3 + 0.01 if is_two_bits(scheme) else 1.26
+
+
+def is_two_bits(scheme: Scheme) -> bool:
+    """Whether most of a Gaussian vanishes, which people are told."""
+    return (scheme.weights.type, scheme.weights.num_bits) == ("int", 2)
+
+
 @pytest.mark.parametrize("preset", EVERY)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_but_numbers_is_written_for_hard_inputs(preset: str, dtype: str) -> None:
@@ -159,15 +172,14 @@ def test_nothing_but_numbers_is_written_for_hard_inputs(preset: str, dtype: str)
         found = read_back(stored, weight, PRESETS[preset])
         exact = np.abs(weight.double().numpy())
         peak = exact.max()
-        assert np.abs(found).max() <= max(peak * 1.26, 2.0**-100), (
-            name
-        )  # E8M0 scales and E2M1 may round up by a quarter
+        assert np.abs(found).max() <= max(peak * farthest(PRESETS[preset]), 2.0**-100), name
         assert (found[exact == 0] == 0).all() or not PRESETS[preset].weights.symmetric, name
         if name == "gaussian":
             assert relative_error(weight, found) == pytest.approx(record.statistics.relative_error, rel=1e-3)
         told = {problem.kind for problem in check_statistics([("s", record)], uniform(preset))}
         assert ("outlier" in told) == entry.warns, name
-        assert not told or name != "gaussian"
+        if name == "gaussian":
+            assert told == ({"zeroed"} if is_two_bits(PRESETS[preset]) else set())
 
 
 @pytest.mark.parametrize("value", [1e300, -1e39, 3.5e38])
