@@ -7,6 +7,7 @@ the merged members are what is put to the test. Imported inside vLLM's environme
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, Final
 
 import torch
@@ -39,7 +40,7 @@ def _spread(scales: Tensor, values: Tensor) -> Tensor:
     return scales.repeat_interleave(values.shape[1] // scales.shape[1], dim=1)
 
 
-class _Decoding:
+class _Decoding(ABC):
     """A kernel that multiplies by decoded weights in the dtype of the activations."""
 
     @classmethod
@@ -52,9 +53,9 @@ class _Decoding:
         del config
         return True, None
 
+    @abstractmethod
     def decode(self, layer: Any) -> Tensor:
         """`[out, in]`, float32."""
-        raise NotImplementedError
 
     def process_weights_after_loading(self, layer: Any) -> None:
         layer.weight = torch.nn.Parameter(self.decode(layer).to(torch.bfloat16), requires_grad=False)

@@ -59,8 +59,8 @@ def test_new_modules_and_kept_ones_keep_their_schemes() -> None:
     section = merge([part("FP8_DYNAMIC", ATTENTION)])
     read = Resolver.read(section)
     weights = {name: group["weights"]["num_bits"] for name, group in section["config_groups"].items()}
-    assert {weights[read.library(module) or ""] for module in ATTENTION} == {8}
-    assert {weights[read.library(module) or ""] for module in EXPERTS} == {4}
+    assert {weights[read.compressed_tensors(module) or ""] for module in ATTENTION} == {8}
+    assert {weights[read.compressed_tensors(module) or ""] for module in EXPERTS} == {4}
     assert [group["format"] for group in section["config_groups"].values()] == ["float-quantized", "pack-quantized"]
     assert section["format"] == "mixed-precision"
     planned = dict.fromkeys(ATTENTION, "group_00") | dict.fromkeys(EXPERTS, "group_01")

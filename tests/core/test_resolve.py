@@ -38,7 +38,11 @@ def test_readers_disagree_on_who_wins_where_two_groups_match() -> None:
     read = resolver({"z": [r"re:.*q_proj$"], "a": ["Linear"]})
     assert read.first_match("m.q_proj") == read.vllm(layer_of("m.q_proj")) == "z"
     read = resolver({"a": ["Linear"], "z": [r"re:.*q_proj$"]})
-    assert (read.first_match("m.q_proj"), read.library("m.q_proj"), read.vllm(layer_of("m.q_proj"))) == ("a", "z", "z")
+    assert (read.first_match("m.q_proj"), read.compressed_tensors("m.q_proj"), read.vllm(layer_of("m.q_proj"))) == (
+        "a",
+        "z",
+        "z",
+    )
 
 
 def test_vllm_asks_for_the_class_before_the_parts_of_a_merged_layer() -> None:
@@ -74,10 +78,10 @@ def test_vllm_asks_for_experts_under_names_of_its_own() -> None:
 
 def test_the_library_takes_the_exact_name_then_the_alphabet() -> None:
     read = resolver({"a": [r"re:.*proj$"], "b": [r"re:.*o_proj$"], "c": ["m.v_proj"], "d": ["Linear"]})
-    assert read.library("m.o_proj") == "b"  # `o` stands before `p`
-    assert read.library("m.v_proj") == "c"
-    assert read.library("m.fc") == "d"
-    assert read.library("m.fc", classes=("Embedding",)) is None
+    assert read.compressed_tensors("m.o_proj") == "b"  # `o` stands before `p`
+    assert read.compressed_tensors("m.v_proj") == "c"
+    assert read.compressed_tensors("m.fc") == "d"
+    assert read.compressed_tensors("m.fc", classes=("Embedding",)) is None
 
 
 def test_expressions_are_tried_on_the_class_of_a_layer_too() -> None:
@@ -85,17 +89,25 @@ def test_expressions_are_tried_on_the_class_of_a_layer_too() -> None:
 
 
 def test_a_class_in_ignore_is_ignored_by_the_library() -> None:
-    assert resolver({"g": ["Linear"]}, ["Linear"]).library("m.fc") is None
+    assert resolver({"g": ["Linear"]}, ["Linear"]).compressed_tensors("m.fc") is None
 
 
 def test_a_target_of_two_groups_belongs_to_the_last() -> None:
     read = resolver({"a": ["m.fc", "m.up"], "b": ["m.fc"]})
-    assert (read.library("m.fc"), read.vllm(layer_of("m.fc")), read.library("m.none")) == ("b", "b", None)
+    assert (read.compressed_tensors("m.fc"), read.vllm(layer_of("m.fc")), read.compressed_tensors("m.none")) == (
+        "b",
+        "b",
+        None,
+    )
 
 
 def test_ignore_beats_every_target_for_every_reader() -> None:
     read = resolver({"g": ["m.fc", "Linear"]}, [r"re:.*fc$"])
-    assert (read.first_match("m.fc"), read.library("m.fc"), read.vllm(layer_of("m.fc"))) == (None, None, None)
+    assert (read.first_match("m.fc"), read.compressed_tensors("m.fc"), read.vllm(layer_of("m.fc"))) == (
+        None,
+        None,
+        None,
+    )
 
 
 def test_transformers_takes_the_first_expression_that_speaks_of_experts() -> None:

@@ -46,7 +46,7 @@ class Row:
     model: str
     modules: str
     intended: str
-    library: str
+    compressed_tensors: str
     transformers: str
 
 

@@ -70,7 +70,7 @@ def _rows(rows: Iterable[Row]) -> Iterator[str]:
     yield "| architecture | modules | intended | compressed-tensors | transformers |"
     yield "| --- | --- | --- | --- | --- |"
     for row in rows:
-        yield f"| {row.model} | `{row.modules}` | {row.intended} | {row.library} | {row.transformers} |"
+        yield f"| {row.model} | `{row.modules}` | {row.intended} | {row.compressed_tensors} | {row.transformers} |"
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -138,7 +138,7 @@ def source_parts(section: Mapping[str, Any], kept: Sequence[str]) -> list[Part]:
     read = Resolver.read(section)
     members: dict[str, list[str]] = {}
     for module in kept:
-        group = read.library(module)
+        group = read.compressed_tensors(module)
         if group is None:
             message = "it is quantized in the source, and no group of its config has it"
             raise refuse("config-merge", message, file=CONFIG_NAME, tensor=module)

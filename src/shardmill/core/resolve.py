@@ -139,12 +139,12 @@ class Resolver:
         linear, named = self._entries.literal(_LINEAR), self._entries.first(module)
         return self._group(min((n for n in (linear, named) if n is not None), default=None))
 
-    def library(self, module: str, classes: Sequence[str] = (_LINEAR,)) -> str | None:
+    def compressed_tensors(self, module: str, classes: Sequence[str] = (_LINEAR,)) -> str | None:
         """The group that compressed-tensors gives a module of these classes.
 
         >>> groups = {"a": {"targets": ["re:.*z"]}, "b": {"targets": ["re:.*"]}, "c": {"targets": ["x.z"]}}
         >>> read = Resolver.read({"config_groups": groups})
-        >>> read.library("y.z"), read.library("x.z")
+        >>> read.compressed_tensors("y.z"), read.compressed_tensors("x.z")
         ('b', 'c')
         """
         if self._ignore.matches(module) or any(self._ignore.literal(name) is not None for name in classes):
@@ -325,7 +325,10 @@ def check_resolution(
         quantized = {module: group for module, group in quantized.items() if module in expected}
     wrong: dict[str, list[tuple[str, str]]] = {}
     for module, group in expected.items():
-        for reader, found in (("first match", read.first_match(module)), ("compressed-tensors", read.library(module))):
+        for reader, found in (
+            ("first match", read.first_match(module)),
+            ("compressed-tensors", read.compressed_tensors(module)),
+        ):
             if found != group:
                 wrong.setdefault(reader, []).append((module, _differs(group, found)))
     if runs_merged:
