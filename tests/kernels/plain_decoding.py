@@ -53,7 +53,8 @@ def unpack(words: Array, bits: int, count: int) -> Array:
     octets = np.ascontiguousarray(words).astype("<u4").view(np.uint8)
     stream = np.unpackbits(octets, axis=1, bitorder="little")[:, : count * bits].astype(np.int64)
     fields = stream.reshape(len(words), count, bits) << np.arange(bits)
-    return fields.sum(-1) - (1 << (bits - 1))
+    found: Array = fields.sum(-1) - (1 << (bits - 1))
+    return found
 
 
 def nibbles(octets: Array) -> Floats:
