@@ -346,6 +346,38 @@ def test_several_schemes_give_a_result_each(source: Path, tmp_path: Path, capsys
     assert not (tmp_path / "dry").exists()
 
 
+def test_several_schemes_give_a_plan_each(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["plan", str(source), "--scheme", "fp8_dynamic", "--scheme", "W4A16"]
+    assert main([*asked, "--json"]) == 0
+    both = json.loads(capsys.readouterr().out)
+    alone = []
+    for scheme in ("fp8_dynamic", "W4A16"):
+        assert main(["plan", str(source), "--scheme", scheme, "--json"]) == 0
+        alone.append({"scheme": scheme} | json.loads(capsys.readouterr().out))
+    assert both["status"] == "done"
+    assert both["plans"] == [{key: one[key] for key in one if key != "command"} for one in alone]
+    assert main(asked) == 0
+    told = capsys.readouterr().out
+    assert told.index("\nfp8_dynamic\n") < told.index("\nW4A16\n")
+    assert main([*asked, "--scheme", "FP8_BLOCK", "--group-size", "64"]) == 2
+    assert "group_size 64 does not fit scheme" in capsys.readouterr().err
+    assert main([*asked, "--scheme", "W4A16"]) == 2
+    assert "scheme `W4A16` is asked for 2 times" in capsys.readouterr().err
+
+
+def test_a_plan_of_several_schemes_tells_which_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = checkpoints.write(tmp_path / "narrow", [checkpoints.llama(hidden=96)])
+    assert main(["plan", str(source), "--scheme", "FP8_DYNAMIC", "--scheme", "W4A16", "--json"]) == 2
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert [(one["scheme"], one["status"]) for one in document["plans"]] == [
+        ("FP8_DYNAMIC", "done"),
+        ("W4A16", "refused"),
+    ]
+    assert "W4A16:   " in err
+    assert "FP8_DYNAMIC" not in err
+
+
 def test_one_of_several_schemes_may_fail(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

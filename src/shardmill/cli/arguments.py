@@ -43,7 +43,7 @@ class Options:
     destination: str = ""
     scheme: str | None = None
     schemes: tuple[str, ...] = ()
-    """Of `run`, which takes several."""
+    """As they were asked for; `scheme` is that of one conversion."""
     recipe: str | None = None
     group_size: int | None = None
     ignore: tuple[str, ...] = ()
@@ -172,15 +172,14 @@ def _add_serving(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tp", type=_positive, default=1, metavar="N", help=summary)
 
 
-def _add_recipe(parser: argparse.ArgumentParser, *, takes_several: bool = False) -> None:
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is quantized how")
     choice = group.add_mutually_exclusive_group()
-    what = f"a preset such as W4A16 or NVFP4A16 (default: {DEFAULT_SCHEME})"
-    if takes_several:
-        more = "; may be repeated: a result for each in DST/SCHEME, or where DST says {scheme}, from one read of SRC"
-        choice.add_argument("--scheme", dest="schemes", metavar="SCHEME", action="append", help=what + more)
-    else:
-        choice.add_argument("--scheme", help=what)
+    what = (
+        f"a preset such as W4A16 or NVFP4A16 (default: {DEFAULT_SCHEME}); may be repeated: run writes a result for each"
+        " in DST/SCHEME, or where DST says {scheme}, from one read of SRC"
+    )
+    choice.add_argument("--scheme", dest="schemes", metavar="SCHEME", action="append", help=what)
     choice.add_argument("--recipe", metavar="FILE", help="a recipe in JSON or YAML")
     choice.add_argument(
         "--dequantize", action="store_true", help="write a plain BF16 checkpoint from one that is quantized"
@@ -270,7 +269,7 @@ def _add_intake(parser: argparse.ArgumentParser) -> None:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help=_SOURCE)
     parser.add_argument("destination", metavar="DST", help="nothing yet, or an empty folder: a path, or s3://")
-    _add_recipe(parser, takes_several=True)
+    _add_recipe(parser)
     _add_intake(parser)
     group = parser.add_argument_group("how the run works; none of it changes bytes")
     kept = "where finished shards are kept: a path, or s3:// (default: .shardmill beside DST)"

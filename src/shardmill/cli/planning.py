@@ -26,6 +26,14 @@ from shardmill.errors import Problem, show
 
 def plan(options: Options, console: Console) -> int:
     """Show what would be done to every tensor."""
+    if len(options.schemes) > 1:
+        from shardmill.cli.several import plan_schemes  # few ask for it
+
+        return plan_schemes(options, console)
+    return _plan(replace(options, scheme=options.schemes[0]) if options.schemes else options, console)
+
+
+def _plan(options: Options, console: Console) -> int:
     from shardmill.stages.plan import collection_paused, make_plan
     from shardmill.stages.validate import validate_plan
     from shardmill.storage.source import open_source
@@ -50,21 +58,31 @@ def show_plan(
     Args:
         more: what else the document holds.
     """
-    serving = check_plan_serving(found, options.tp) if not problems else []
     if options.json:
-        status = "refused" if problems else "done"
-        document = plan_document(found, problems) | serving_document(serving, options)
-        print_document({"command": options.command, "status": status, **document, **(more or {})})
+        print_document({"command": options.command, **document_of(found, problems, options), **(more or {})})
     elif not problems:
-        summary = summarize_plan(found)
-        told = render(replace(summary, warnings=(*summary.warnings, *serving)))
-        lines = [*render_table(resolve_table(found)), "", told, "", *_job_lines(found, summary.totals.output_bytes)]
-        print_result("\n".join(lines))
+        print_result(told_of(found, options))
     if problems:
         console.error(f"refused: {count(len(problems), 'problem')}")
         for line in problem_lines(problems):
             console.error(line)
     return REFUSED if problems else DONE
+
+
+def document_of(found: Plan, problems: Sequence[Problem], options: Options) -> dict[str, Any]:
+    """A plan for programs, with what stands against it, and what may keep an engine from loading the result."""
+    serving = check_plan_serving(found, options.tp) if not problems else []
+    status = "refused" if problems else "done"
+    return {"status": status, **plan_document(found, problems), **serving_document(serving, options)}
+
+
+def told_of(found: Plan, options: Options) -> str:
+    """A plan for people; nothing stands against it."""
+    summary = summarize_plan(found)
+    told = render(replace(summary, warnings=(*summary.warnings, *check_plan_serving(found, options.tp))))
+    return "\n".join(
+        [*render_table(resolve_table(found)), "", told, "", *_job_lines(found, summary.totals.output_bytes)]
+    )
 
 
 def serving_document(serving: Sequence[Problem], options: Options) -> dict[str, Any]:

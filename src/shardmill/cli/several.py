@@ -1,21 +1,24 @@
-"""`shardmill run` with several schemes: one result for each, from one read of the source."""
+"""`shardmill run` and `shardmill plan` with several schemes: a result or a plan for each."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from shardmill.cli.arguments import Options
+from shardmill.cli.arguments import Options, read_intake, read_recipe
 from shardmill.cli.console import Console, print_document, print_result
 from shardmill.cli.documents import asked_for
-from shardmill.cli.failures import DONE, FAILED, REFUSED, SCHEMA, describe
+from shardmill.cli.failures import DONE, FAILED, REFUSED, SCHEMA, describe, problem_lines
+from shardmill.cli.planning import document_of, told_of
 from shardmill.cli.running import read_request, settings, show_result, stop_on_interrupt, watcher, write_result
 from shardmill.errors import Interrupted, Problem, RecipeInvalid, Refused, show
 
 if TYPE_CHECKING:
     from shardmill.stages.pipeline import RunResult
+
+T = TypeVar("T")
 
 _PLACE: Final = "{scheme}"
 
@@ -30,14 +33,7 @@ def run_schemes(options: Options, console: Console) -> int:
 
     chosen = [_options_of(options, scheme) for scheme in options.schemes]
     _check(options)
-    requests, problems = [], list[Problem]()
-    for each in chosen:
-        try:
-            requests.append(read_request(each))
-        except Refused as error:
-            problems += error.problems
-    if problems:
-        raise Refused(problems)
+    requests = _read_all(chosen, read_request)
     how = settings(options)
     prepared = prepare_several(requests, how)
     if options.dry_run:
@@ -58,6 +54,54 @@ def run_schemes(options: Options, console: Console) -> int:
         status = {DONE: "done", REFUSED: "refused"}.get(code, "failed")
         print_document({"command": "run", "schema": SCHEMA, "status": status, "runs": documents})
     return code
+
+
+def plan_schemes(options: Options, console: Console) -> int:
+    """Show what every scheme would do to every tensor.
+
+    Raises:
+        Refused: a scheme is unknown, or asked for twice.
+    """
+    from shardmill.stages.plan import collection_paused, make_plan
+    from shardmill.stages.validate import validate_plan
+    from shardmill.storage.source import open_source
+
+    chosen = [replace(options, scheme=scheme) for scheme in options.schemes]
+    _check(options)
+    recipes = _read_all(chosen, read_recipe)
+    source = open_source(options.source, read_intake(options))
+    documents, code = [], DONE
+    for each, recipe in zip(chosen, recipes, strict=True):
+        with collection_paused():
+            found = make_plan(source, recipe)
+            problems = validate_plan(found)
+            documents.append({"scheme": each.scheme, **document_of(found, problems, each)})
+            if not problems and not options.json:
+                print_result(f"\n{each.scheme}\n\n{told_of(found, each)}\n")
+        for line in problem_lines(problems):
+            console.error(f"{each.scheme}: {line}")
+        code = REFUSED if problems else code
+    if options.json:
+        status = "refused" if code else "done"
+        print_document({"command": options.command, "schema": SCHEMA, "status": status, "plans": documents})
+    return code
+
+
+def _read_all(chosen: Sequence[Options], read: Callable[[Options], T]) -> list[T]:
+    """What is asked for of each scheme.
+
+    Raises:
+        Refused: what stands against any of them.
+    """
+    found, problems = list[T](), list[Problem]()
+    for each in chosen:
+        try:
+            found.append(read(each))
+        except Refused as error:
+            problems += error.problems
+    if problems:
+        raise Refused(problems)
+    return found
 
 
 def _options_of(options: Options, scheme: str) -> Options:
