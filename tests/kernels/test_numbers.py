@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -37,30 +37,47 @@ DTYPES: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.floa
 ROWS: Final = ("FP8_DYNAMIC", "FP8_BLOCK", "W8A8", "W4A16", "W4A16_ASYM", "NVFP4A16", "MXFP4A16", "MXFP8A16")
 """One preset for each way to compute; the others differ in width or in activations."""
 EVERY: Final = [pytest.param(name, marks=[] if name in ROWS else pytest.mark.slow) for name in sorted(PRESETS)]
-NAME: Final = "m.o_proj.weight"
 
 
-def plan_of(weight: Tensor, preset: str) -> ShardPlan:
-    """The plan of a shard that holds one weight."""
-    dtype = next(name for name, found in DTYPES.items() if found == weight.dtype)
-    spec = TensorSpec(NAME, dtype, tuple(weight.shape), 0, weight.nbytes)
-    shard = SourceShard("model.safetensors", weight.nbytes, ShardHeader((spec,), (), 0))
+def plan_of(preset: str, *weights: Tensor) -> ShardPlan:
+    """The plan of a shard that holds these weights, which no rule joins."""
+    specs, end = list[TensorSpec](), 0
+    for number, weight in enumerate(weights):
+        dtype = next(name for name, found in DTYPES.items() if found == weight.dtype)
+        specs.append(TensorSpec(name_of(number), dtype, tuple(weight.shape), end, end + weight.nbytes))
+        end += weight.nbytes
+    shard = SourceShard("model.safetensors", end, ShardHeader(tuple(specs), (), 0))
     return build_plan(Checkpoint(shards=(shard,), index=None, config_text="{}"), uniform(preset)).shards[0]
+
+
+def name_of(number: int) -> str:
+    """What a weight is called; in the order of their numbers."""
+    return f"m.{number:05d}.o_proj.weight"
 
 
 def quantize(weight: Tensor, preset: str) -> tuple[Stored, WeightRecord]:
     """What is written for a weight, and what is known of it."""
-    plan, source = plan_of(weight, preset), reference.to_bytes(weight)
-    assert check_shard(plan, frozenset([NAME])) == []
+    (found,) = quantize_all([weight], preset)
+    return found
+
+
+def quantize_all(weights: Sequence[Tensor], preset: str) -> list[tuple[Stored, WeightRecord]]:
+    """What is written for each weight of a shard, and what is known of it."""
+    plan, source = plan_of(preset, *weights), b"".join(reference.to_bytes(weight) for weight in weights)
+    assert check_shard(plan, frozenset(map(name_of, range(len(weights))))) == []
     written = bytearray()
 
     def read(_shard: str, offset: int, view: memoryview) -> None:
         view[:] = source[offset : offset + len(view)]
 
-    (record,) = encode_shard(plan, read, written.extend)
-    placed = plan.layout().placed
-    stored = {p.spec.param: (p.spec.dtype, p.spec.shape, bytes(written[p.begin : p.end])) for p in placed}
-    return stored, record
+    records = encode_shard(plan, read, written.extend)
+    stored: list[dict[str, tuple[str, tuple[int, ...], bytes]]] = [{} for _ in weights]
+    for placed in plan.layout().placed:
+        module, _, param = placed.spec.name.rpartition(".")
+        number = int(module.split(".")[1])
+        stored[number][param] = placed.spec.dtype, placed.spec.shape, bytes(written[placed.begin : placed.end])
+    assert [f"{record.module}.weight" for record in records] == list(map(name_of, range(len(weights))))
+    return list(zip(stored, records, strict=True))
 
 
 def read_back(stored: Stored, weight: Tensor, scheme: Scheme) -> Floats:
@@ -252,15 +269,17 @@ def test_every_bit_pattern_is_quantized_or_refused(preset: str, dtype: str) -> N
 @pytest.mark.parametrize("preset", ROWS)
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 def test_every_bit_pattern_alone_in_a_row(preset: str, dtype: str) -> None:
-    """65,536 one-row tensors, each filled with one pattern; side by side in one matrix where a scale spans one row."""
+    """65,536 one-row tensors, each filled with one pattern; in one matrix where no scale spans rows."""
     width = PRESETS[preset].weights.group_size or 16
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(DTYPES[dtype])
     finite = torch.isfinite(every)
     rows = every[:, None].expand(-1, width).contiguous()
     spans_rows = PRESETS[preset].weights.strategy in ("block", "tensor_group", "tensor")
-    parts = rows[finite].split(1 if spans_rows else 8192)
-    for part in parts:
-        read_back(quantize(part, preset)[0], part, PRESETS[preset])
+    alone = rows[finite].split(1 if spans_rows else 8192)
+    for start in range(0, len(alone), 1024):
+        weights = alone[start : start + 1024]
+        for weight, (stored, _) in zip(weights, quantize_all(weights, preset), strict=True):
+            read_back(stored, weight, PRESETS[preset])
     for row in rows[~finite][:: 1 if dtype == "BF16" else 7]:
         with pytest.raises(NonFiniteWeight):
             quantize(row[None], preset)
@@ -279,7 +298,7 @@ def check_shapes(preset: str, count: int) -> tuple[int, int]:
         if size and chance.random() < 0.5:
             shape = shape[0], -(-shape[1] // size) * size
         weight = gaussian(shape=shape, seed=shape[0]).to(torch.bfloat16)
-        problems = check_shard(plan_of(weight, preset), frozenset([NAME]))
+        problems = check_shard(plan_of(preset, weight), frozenset([name_of(0)]))
         if problems:
             refused += 1
             assert [problem.kind for problem in problems] == ["group-indivisible"]
