@@ -51,7 +51,7 @@ bench-several: .venv/stamp  ## measure several schemes from one read beside a ru
 	$(BIN)/python tests/bench/several.py
 	$(BIN)/python tests/bench/several.py --rate 200
 
-consumers: .venv/stamp .venv-vllm/stamp  ## write docs/consumers.md: what vLLM and transformers make of results
+consumers: .venv/stamp .venv-vllm/stamp .venv-reference/stamp  ## write docs/consumers.md: what vLLM and transformers make of results
 	$(BIN)/python tests/consumers/table.py --write docs/consumers.md
 
 bench-kernels: .venv/stamp  ## measure the kernels alone, on one core

@@ -28,6 +28,8 @@ from checkpoints import read, write
 from consumers.cases import AWQ_GROUP, NATIVE, TEST_KERNELS, Case
 from quantized import AWQ_SECTION, awq, encode_all
 from reference.compare_quality import EXAMPLE, ROOT, TEXT, THREADS, WINDOW_TOKENS
+from reference.compare_search import Case as ReferenceCase
+from reference.compare_search import quantize_with_reference
 from shardmill.core.recipe import parse_recipe
 from shardmill.example import prepare
 from shardmill.stages.pipeline import RunOptions, run
@@ -170,6 +172,19 @@ class Bench:
         if folder.exists():
             return folder
         return convert(self.awq[0] if case.is_awq else self.source, folder, case.recipe)
+
+    def of_reference(self, case: Case) -> Path:
+        """What llm-compressor makes of the example in the format of a case.
+
+        Raises:
+            RuntimeError: it fails.
+        """
+        folder = self.home / "reference" / case.name.replace(" ", "-")
+        job = folder, ReferenceCase(case.recipe["scheme"], case.recipe.get("group_size")), ""
+        error, _ = quantize_with_reference([job], self.source)[folder]
+        if error:
+            raise RuntimeError(f"llm-compressor, {case.name}: {error}")
+        return folder
 
     def in_vllm(self, checkpoint: Path, kernels: str = NATIVE) -> Heard:
         """Let vLLM load a checkpoint and read the text."""

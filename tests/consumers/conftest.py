@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from consumers.bench import VLLM_PYTHON
 from consumers.judging import Judge
+from reference.compare_quality import REFERENCE_PYTHON
 from shardmill.example import ExampleUnavailable
 
 
@@ -30,3 +32,5 @@ def _vllm() -> None:
         or subprocess.run([VLLM_PYTHON, "-c", asked], check=False, capture_output=True).returncode
     ):
         pytest.skip(f"vLLM is not installed for {VLLM_PYTHON}; run `make .venv-vllm/stamp`")
+    if not Path(REFERENCE_PYTHON).exists():
+        pytest.skip(f"there is no {REFERENCE_PYTHON} to compare with; run `make .venv-reference/stamp`")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from consumers.bench import Bench, Heard, dense_copy, without_activations
-from consumers.cases import CASES, FAR_OFF, MARGIN, Case
+from consumers.cases import CASES, FAR_OFF, MARGIN, UNSHARED, Case
 from zoo.battery import relative
 
 LARGEST_DIFFERENCE: Final = 1e-2
@@ -46,6 +46,8 @@ class InVllm:
     found: Heard
     whole: Heard
     """With the source."""
+    reference: Heard | None
+    """With what llm-compressor makes of the source in the same format; None for sources that it does not read."""
     distance: float
     """From the dense copy in transformers, in nats."""
 
@@ -55,10 +57,16 @@ class InVllm:
         return self.found.perplexity / self.whole.perplexity
 
     @property
+    def reference_ratio(self) -> float | None:
+        """The same of llm-compressor's result."""
+        return self.reference and self.reference.perplexity / self.whole.perplexity
+
+    @property
     def problems(self) -> list[str]:
         found = []
-        if not self.ratio <= self.case.limit * MARGIN:
-            found.append(f"{self.case.name}: {self.ratio} times the perplexity of the source")
+        limit = max(self.case.limit, self.reference_ratio or 0)
+        if not self.ratio <= limit * MARGIN:
+            found.append(f"{self.case.name}: {self.ratio} times the perplexity of the source, limit {limit}")
         largest = LARGEST_DISTANCE_ROUNDED if self.case.rounds_activations else LARGEST_DISTANCE
         if not self.distance <= largest:
             found.append(f"{self.case.name}: {self.distance} nats from the same weights elsewhere")
@@ -89,7 +97,16 @@ class Judge:
         """Let vLLM read the text with a result."""
         found = self._kept(f"{case.name}-vllm", lambda: self.bench.in_vllm(self.bench.result(case), case.kernels))
         dense = self._kept(f"{case.name}-dense", lambda: self._dense(case))
-        return InVllm(case=case, found=found, whole=self.whole(case), distance=found.distance(dense))
+        whole, reference = self.whole(case), self.reference(case)
+        return InVllm(case=case, found=found, whole=whole, reference=reference, distance=found.distance(dense))
+
+    def reference(self, case: Case) -> Heard | None:
+        """What vLLM says with llm-compressor's result."""
+        if case.is_awq or case is UNSHARED:
+            return None
+        return self._kept(
+            f"{case.name}-reference", lambda: self.bench.in_vllm(self.bench.of_reference(case), case.kernels)
+        )
 
     def whole(self, case: Case) -> Heard:
         """What vLLM says with the source of a case."""

@@ -45,10 +45,11 @@ measured: formats without a row, and quantized experts, for which vLLM has nothi
 
 - `perplexity`: of {tokens} tokens of English text. It is {whole:.2f} with the BF16 source, {awq:.2f} with the
   AWQ source decoded to BF16.
-- `ratio`: over that of the source. Perplexities depend on the text, ratios less: `limit` is the ratio that
-  llm-compressor's result of the scheme had in vLLM on another English text of 1022 tokens, where BF16 had 19.14; it may
-  be passed by {margin:.0%}. MXFP4A16 had 1.425 there, and its limit is what it has on this text: its divergence is the
-  reference's to four digits, see [quality.md](quality.md). With the AWQ source, codes that are kept may cost nothing.
+- `ratio`: over that of the source.
+- `reference`: the ratio that llm-compressor's result of the same source has in the same engine on the same text.
+- `limit`: the ratio that llm-compressor's result had in vLLM on another English text of 1022 tokens, where BF16 had
+  19.14. Ratios depend on the text, too, so the larger one of `limit` and `reference` may not be passed by more than
+  {margin:.0%}. llm-compressor does not read AWQ; codes that are kept may cost nothing.
 - `distance`: mean difference of log-probabilities, in nats, from those that transformers computes in float32 with a
   dense copy of the weights, which a reader that shares nothing with the package made; at most {distance}, or {rounded}
   where vLLM rounds activations, too (FP8_DYNAMIC, W8A8). BF16 has {noise:.3f}, for vLLM computes in BF16.
@@ -72,11 +73,12 @@ missing here are in [zoo.md](zoo.md), with more architectures. {sharpest} notice
 
 def vllm_lines(rows: Iterable[InVllm]) -> Iterator[str]:
     """The table of vLLM; the last row is the negative control."""
-    yield "| format | kernels | perplexity | ratio | limit | distance |"
-    yield "| --- | --- | ---: | ---: | ---: | ---: |"
+    yield "| format | kernels | perplexity | ratio | reference | limit | distance |"
+    yield "| --- | --- | ---: | ---: | ---: | ---: | ---: |"
     for row in rows:
         limit = f"at least {FAR_OFF:g}" if row.case is UNSHARED else f"{row.case.limit:.3f}"
-        figures = f"{row.found.perplexity:.2f} | {row.ratio:.3f} | {limit} | {row.distance:.3f}"
+        reference = "" if row.reference_ratio is None else f"{row.reference_ratio:.3f}"
+        figures = f"{row.found.perplexity:.2f} | {row.ratio:.3f} | {reference} | {limit} | {row.distance:.3f}"
         yield f"| {row.case.name} | {row.case.kernels} | {figures} |"
 
 

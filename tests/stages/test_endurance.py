@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import threading
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -73,14 +74,14 @@ def test_conversions_leave_no_file_descriptor_or_thread(home: Path) -> None:
 
 @pytest.mark.slow
 def test_500_conversions_take_no_more_memory_than_100(home: Path) -> None:
-    before = (0, 0)
-    early = 0
+    early, late, before = list[int](), list[int](), (0, 0)
     for number in range(500):
         convert_once(home, number)
+        if 80 <= number < 120 or number >= 460:  # one alone tells which threads were at work together
+            (early if number < 120 else late).append(resident_bytes())
         if number == 99:
-            before, early = (descriptors(), threading.active_count()), resident_bytes()
-    late = resident_bytes()
-    print(f"anonymous memory after 100 conversions {early / 1e6:.1f} MB, after 500 {late / 1e6:.1f} MB")
+            before = descriptors(), threading.active_count()
     assert (descriptors(), threading.active_count()) == before
     assert list((home / "temporary").iterdir()) == []
-    assert late < 1.05 * early
+    print(f"anonymous memory after 100 conversions {median(early) / 1e6:.1f} MB, after 500 {median(late) / 1e6:.1f} MB")
+    assert median(late) < 1.05 * median(early)
