@@ -191,6 +191,16 @@ def test_a_shard_that_kills_its_workers_fails_and_the_others_finish(
     assert left_behind(tmp_path) == []
 
 
+def test_a_worker_that_is_slow_to_come_back_is_waited_for(source: Path, ask: Ask, notes: Notes) -> None:
+    impatient = {"distributed.deploy.lost-worker-timeout": "1ms"}  # a start takes seconds, on busy machines many
+
+    with config.set(impatient | {"distributed.worker.preload": [str(notes.preload(DIE_ONCE))]}):
+        state = quantize_checkpoint(ask(source=str(source), executor="dask", workers=1), return_state=True)
+
+    assert state.result().shards == 4
+    assert len({process for _, process, _ in notes.of("begun")}) == 2
+
+
 STOPPED_RUN = """
 import signal, sys
 from dask import config

@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from dask import config
 from distributed import LocalCluster, Security, Worker, WorkerPlugin
 from distributed.comm.core import CommClosedError
-from distributed.scheduler import KilledWorker
+from distributed.scheduler import KilledWorker, NoValidWorkerError, NoWorkerError
 from prefect.client.orchestration import get_client
 from prefect.futures import PrefectFuture
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -37,7 +38,20 @@ _CODE: Final = ("shardmill:__version__", "shardmill.core.digest:STAGE_VERSIONS",
 _JOIN_SECONDS: Final = 60.0
 _STOP_SECONDS: Final = 6.0
 """How long shards have to end after a request to stop."""
-_LOST: Final = (KilledWorker, CancelledError, CommClosedError, asyncio.CancelledError)
+_LOST: Final = (
+    KilledWorker,
+    NoValidWorkerError,
+    NoWorkerError,
+    CancelledError,
+    CommClosedError,
+    asyncio.CancelledError,
+)
+_OWN_CLUSTER: Final = {
+    # A worker that died is started again; after 15 s, which a busy machine needs, Dask would give it up for good.
+    "distributed.deploy.lost-worker-timeout": "1 day",
+    # Where no worker can be started any more, shards fail instead of waiting for ever.
+    "distributed.scheduler.no-workers-timeout": "10 minutes",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +135,7 @@ class Dask:
         if not self.scheduler:
             with (
                 _quiet(),
+                config.set(_OWN_CLUSTER),
                 LocalCluster(
                     n_workers=len(self.devices),
                     threads_per_worker=1,
