@@ -76,10 +76,10 @@ class Trial:
     def reach(self, *states: str) -> str:
         """Wait for one of these states, and note how long it took."""
         began = time.monotonic()
-        wait_until(
-            f"the run is {' or '.join(states)}", lambda: state_of(self.client, self.run) in states, PATIENCE_SECONDS
-        )
-        found = state_of(self.client, self.run)
+        while (found := state_of(self.client, self.run)) not in states:
+            lasted = time.monotonic() - began
+            assert lasted < PATIENCE_SECONDS, f"the run is {found}, not {' or '.join(states)}, after {lasted:.0f} s"
+            time.sleep(0.5)
         self.seen[found] = time.monotonic() - began
         return found
 
