@@ -44,7 +44,7 @@ COMPARED_TOKENS: Final = 128
 _PROGRAM: Final = Path(__file__).with_name("in_vllm.py")
 _VLLM_SETTINGS: Final = {
     "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": str(THREADS),
+    "OMP_NUM_THREADS": "1",  # on a busy machine, threads that wait for each other spin and get nowhere
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

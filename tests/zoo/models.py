@@ -474,7 +474,10 @@ def build(spec: Model, folder: Path) -> Any:
 
     torch.manual_seed(0)
     config = getattr(transformers, spec.config)(**spec.fields)
-    model = getattr(transformers, spec.model)(config).to(torch.bfloat16).eval()
+    model = getattr(transformers, spec.model)(config).eval()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():  # rotations of a vision tower are complex
+            tensor.data = tensor.data.to(torch.bfloat16)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
