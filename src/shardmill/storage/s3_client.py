@@ -51,6 +51,7 @@ from shardmill.errors import (
     show,
 )
 from shardmill.storage.operations import operation
+from shardmill.storage.s3_body import CHUNK_BYTES, read_into
 
 CONNECT_SECONDS: Final[float] = 5.0
 READ_SECONDS: Final[float] = 30.0
@@ -66,7 +67,6 @@ SLOWEST: Final[int] = 256 << 10
 _FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 4.0
 _CONNECTIONS: Final = 32
-_CHUNK_BYTES: Final = 256 << 10
 _ENVIRONMENT: Final = ("AWS_", "FSSPEC_", "BOTO")
 
 _NO_BUCKET: Final = "NoSuchBucket"
@@ -286,8 +286,8 @@ class _BodyPayload(aiohttp.payload.Payload):
     async def write(self, writer: AbstractStreamWriter) -> None:
         """Send everything that follows; the body stays where it is, so that it can be sent again."""
         view: memoryview = self._value.rest
-        for begin in range(0, len(view), _CHUNK_BYTES):
-            await writer.write(view[begin : begin + _CHUNK_BYTES])
+        for begin in range(0, len(view), CHUNK_BYTES):
+            await writer.write(view[begin : begin + CHUNK_BYTES])
 
 
 aiohttp.payload.register_payload(_BodyPayload, Body, order=aiohttp.payload.Order.try_first)
@@ -439,7 +439,7 @@ class Client:
                 length = int(reply["ContentLength"])
                 data = bytearray()
                 while len(data) < min(length, limit):
-                    chunk = await body.read(min(_CHUNK_BYTES, limit - len(data)))
+                    chunk = await body.read(min(CHUNK_BYTES, limit - len(data)))
                     if not chunk:
                         raise aiohttp.ClientPayloadError
                     data += chunk
@@ -466,18 +466,16 @@ class Client:
     async def _fill(self, place: Place, etag: str, start: int, view: memoryview) -> None:
         done = 0
 
-        async def attempt() -> None:
+        def took(nbytes: int) -> None:
             nonlocal done
+            done += nbytes
+
+        async def attempt() -> None:
             span = f"bytes={start + done}-{start + len(view) - 1}"
             reply = await self.send("get_object", Bucket=place.bucket, Key=place.key, IfMatch=f'"{etag}"', Range=span)
             async with reply["Body"] as body:
                 _check_range(reply, place, etag, start + done)
-                while done < len(view):
-                    chunk = await body.read(min(_CHUNK_BYTES, len(view) - done))
-                    if not chunk:
-                        raise aiohttp.ClientPayloadError
-                    view[done : done + len(chunk)] = chunk
-                    done += len(chunk)
+                await read_into(body, view[done:], took, silence=READ_SECONDS)
 
         if not len(view):
             return
