@@ -51,6 +51,7 @@ from shardmill.errors import (
     show,
 )
 from shardmill.storage.operations import operation
+from shardmill.storage.prompt import prompt_socket
 from shardmill.storage.s3_body import CHUNK_BYTES, read_into
 
 CONNECT_SECONDS: Final[float] = 5.0
@@ -311,6 +312,17 @@ def _never() -> bool:
     return False
 
 
+def _connector_args() -> dict[str, Any]:
+    from aiobotocore.config import AioConfig  # takes long to import
+
+    wanted = {"socket_factory": prompt_socket}
+    try:
+        AioConfig(connector_args=wanted)
+    except BotoCoreError:  # an older one does not know it
+        return {}
+    return wanted
+
+
 class Client:
     """The way to one endpoint for one process; all its threads share it."""
 
@@ -330,6 +342,7 @@ class Client:
         # Over plain http nothing but a signed body tells the server of damage. Over https that would only cost time.
         return {
             "connect_timeout": CONNECT_SECONDS,
+            "connector_args": _connector_args(),
             "max_pool_connections": _CONNECTIONS,
             "read_timeout": READ_SECONDS,
             "request_checksum_calculation": "when_required",
