@@ -209,6 +209,27 @@ def test_what_is_written_is_read(folder: S3Folder, server: Server, size: int, st
     assert server.keys() == ["some/prefix/dir/file"]
 
 
+@pytest.mark.parametrize("is_committed", [True, False])
+def test_uploads_share_buffers_and_leave_them_to_others(
+    folder: S3Folder, monkeypatch: pytest.MonkeyPatch, *, is_committed: bool
+) -> None:
+    shared = threading.BoundedSemaphore(1)
+    monkeypatch.setattr(s3_upload, "_shared", shared)
+    data = data_of(5 * PART + 7)
+    with contextlib.ExitStack() as stack:
+        writers = [stack.enter_context(folder.writer(name, len(data))) for name in ("a", "b", "c")]
+        for begin in range(0, len(data), PART):
+            for writer in writers:
+                writer.write(memoryview(data)[begin : begin + PART])
+        assert not shared.acquire(blocking=False)
+        if is_committed:
+            for writer in writers:
+                writer.commit()
+    assert shared.acquire(blocking=False)
+    assert [name for name in "abc" if folder.identity(name)] == (["a", "b", "c"] if is_committed else [])
+    assert all(read(folder, name) == data for name in folder.listing())
+
+
 def test_views_of_other_formats_are_written_as_bytes(folder: S3Folder) -> None:
     data = data_of(2 * PART)
     with folder.writer("file", len(data)) as writer:
