@@ -39,6 +39,7 @@ from shardmill.errors import (
 from shardmill.storage import s3, s3_client, s3_upload
 from shardmill.storage.operations import Faults, watched
 from shardmill.storage.process import Process
+from shardmill.storage.prompt import PromptSocket
 from shardmill.storage.s3 import S3Folder, open_s3
 from shardmill.storage.s3_client import Place, connect
 from shardmill.storage.s3_marks import MARKS
@@ -1034,6 +1035,21 @@ folder.put("later", folder.read("child", 1))
 def test_forked_process_makes_its_own_connections(folder: S3Folder) -> None:
     subprocess.run([sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORK], check=True, timeout=60)
     assert list(folder.listing()) == ["child", "later", "parent"]
+
+
+def test_short_replies_are_acknowledged_at_once(folder: S3Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    received: list[int] = []
+    usual = PromptSocket.recv
+
+    def recv(sock: PromptSocket, *arguments: Any) -> bytes:
+        data = usual(sock, *arguments)
+        received.append(len(data))
+        return data
+
+    monkeypatch.setattr(PromptSocket, "recv", recv)
+    folder.put("file", b"0123456789")
+    assert folder.read("file", 10) == b"0123456789"
+    assert received
 
 
 def test_folder_tells_what_it_is(folder: S3Folder) -> None:
