@@ -212,10 +212,11 @@ def test_a_shorter_body_is_an_error() -> None:
 @pytest.mark.skipif(not hasattr(socket, "TCP_QUICKACK"), reason="only Linux has the option")
 def test_prompt_sockets_ask_for_acknowledgement_after_every_reply() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        [address, *_] = socket.getaddrinfo(*server.getsockname(), type=socket.SOCK_STREAM)
+        host, port = server.getsockname()
+        [address, *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         with prompt_socket(address) as client:
             assert isinstance(client, PromptSocket)
-            client.connect(server.getsockname())
+            client.connect((host, port))
             other, _ = server.accept()
             with other:
                 for _ in range(3):
