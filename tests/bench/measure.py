@@ -19,7 +19,15 @@ BLOCK_BYTES: Final = 8 << 20
 _LAUNCHER: Final = Path(__file__).with_name("launch.py")
 _STDERR_SHOWN: Final = 4000
 _NOT_INHERITED: Final = frozenset(
-    ["PYTHONPATH", "PREFECT_API_KEY", "PREFECT_API_URL", "PREFECT_PROFILE", "SHARDMILL_KERNELS", "SHARDMILL_STORE"]
+    [
+        "PYTHONDONTWRITEBYTECODE",
+        "PYTHONPATH",
+        "PREFECT_API_KEY",
+        "PREFECT_API_URL",
+        "PREFECT_PROFILE",
+        "SHARDMILL_KERNELS",
+        "SHARDMILL_STORE",
+    ]
 )
 _FILE_SYSTEMS: Final = {"tmpfs": "RAM disk (tmpfs)"}
 

@@ -515,3 +515,31 @@ def test_every_preset_is_supported() -> None:
         assert cpu.supports(scheme.weights, scheme.format, source)
     assert not cpu.supports(WeightArgs(), "int-quantized", "F8_E4M3")
     assert not cpu.supports(WeightArgs(), "another", "BF16")
+
+
+# What was compiled before
+
+
+LOADED = """
+import sys
+import numpy as np
+from numba.core.registry import cpu_target
+from shardmill.kernels.lanes import CpuLane
+
+block = memoryview(np.arange(4096, dtype=np.uint16).tobytes())
+print(CpuLane().measure(block, "BF16", (64, 64)).amax, len(cpu_target.typing_context._functions))
+"""
+
+
+def test_compiled_code_is_loaded_without_what_compiling_needs(tmp_path: Path) -> None:
+    def run() -> tuple[str, int]:
+        words = [sys.executable, "-c", LOADED]
+        done = subprocess.run(
+            words, check=True, capture_output=True, text=True, env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+        )
+        amax, functions = done.stdout.split()
+        return amax, int(functions)
+
+    compiled, loaded = run(), run()
+    assert compiled[0] == loaded[0]
+    assert compiled[1] > 100 > loaded[1]

@@ -532,6 +532,57 @@ def test_a_block_fetched_ahead_in_vain_makes_room_first() -> None:
     assert not {0, 1} & set(numbers(server, before))
 
 
+def test_who_reads_once_has_the_beginning_fetched_before_it_asks() -> None:
+    server = Server()
+    with open_(server.submit) as reader:
+        reader.expect_once()
+        reader.expect_once()
+        assert numbers(server) == [0, 1, 2, 3]
+        read_blocks(reader, *range(30))
+    assert sorted(numbers(server)) == sorted(set(numbers(server)))
+
+
+@pytest.mark.parametrize("flipped", [None, 1, 2])
+def test_what_is_fetched_again_against_the_promise_counts_once_two_fetches_agree(flipped: int | None) -> None:
+    server = Server()
+
+    def submit(start: int, view: memoryview) -> Future[None]:
+        server.flips = {0: 1} if server.starts.count(0) == flipped else {}
+        return server.submit(start, view)
+
+    with open_(submit, blocks=2) as reader:
+        reader.expect_once()
+        if flipped is None:
+            assert read_far_and_back(reader) == DATA[:BLOCK]
+        else:
+            with pytest.raises(TransferDamaged):
+                read_far_and_back(reader)
+    assert server.starts.count(0) == 3
+
+
+@pytest.mark.parametrize("part", [(0, BLOCK - 1), (1, BLOCK - 1)])
+def test_a_block_that_goes_before_all_of_it_was_read_never_differs(part: tuple[int, int]) -> None:
+    server = Server()
+    with open_(server.submit, blocks=2) as reader:
+        reader.expect_once()
+        take(reader, *part)
+        read_blocks(reader, 10, 20, 30)
+        server.flips = {0: 2}
+        with pytest.raises(TransferDamaged):
+            take(reader, 0, BLOCK)
+
+
+def test_what_was_announced_and_not_kept_never_differs() -> None:
+    server = Server()
+    with open_(server.submit, blocks=2, room=KeptRoom(10 * BLOCK)) as reader:
+        reader.expect_once()
+        assert reader.announce([span(0, 30)])
+        read_blocks(reader, *range(30))
+        server.flips = {20 * BLOCK: 2}
+        with pytest.raises(TransferDamaged):
+            read_blocks(reader, *range(30))
+
+
 # ---- the end ----------------------------------------------------------------------------------------------------
 
 

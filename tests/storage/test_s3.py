@@ -39,6 +39,7 @@ from shardmill.errors import (
 from shardmill.storage import s3, s3_client, s3_upload
 from shardmill.storage.operations import Faults, watched
 from shardmill.storage.process import Process
+from shardmill.storage.prompt import PromptSocket
 from shardmill.storage.s3 import S3Folder, open_s3
 from shardmill.storage.s3_client import Place, connect
 from shardmill.storage.s3_marks import MARKS
@@ -207,6 +208,27 @@ def test_what_is_written_is_read(folder: S3Folder, server: Server, size: int, st
     assert folder.listing() == {"dir/file": state}
     assert server.uploads() == []
     assert server.keys() == ["some/prefix/dir/file"]
+
+
+@pytest.mark.parametrize("is_committed", [True, False])
+def test_uploads_share_buffers_and_leave_them_to_others(
+    folder: S3Folder, monkeypatch: pytest.MonkeyPatch, *, is_committed: bool
+) -> None:
+    shared = threading.BoundedSemaphore(1)
+    monkeypatch.setattr(s3_upload, "_shared", shared)
+    data = data_of(5 * PART + 7)
+    with contextlib.ExitStack() as stack:
+        writers = [stack.enter_context(folder.writer(name, len(data))) for name in ("a", "b", "c")]
+        for begin in range(0, len(data), PART):
+            for writer in writers:
+                writer.write(memoryview(data)[begin : begin + PART])
+        assert not shared.acquire(blocking=False)
+        if is_committed:
+            for writer in writers:
+                writer.commit()
+    assert shared.acquire(blocking=False)
+    assert [name for name in "abc" if folder.identity(name)] == (["a", "b", "c"] if is_committed else [])
+    assert all(read(folder, name) == data for name in folder.listing())
 
 
 def test_views_of_other_formats_are_written_as_bytes(folder: S3Folder) -> None:
@@ -1013,6 +1035,21 @@ folder.put("later", folder.read("child", 1))
 def test_forked_process_makes_its_own_connections(folder: S3Folder) -> None:
     subprocess.run([sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORK], check=True, timeout=60)
     assert list(folder.listing()) == ["child", "later", "parent"]
+
+
+def test_short_replies_are_acknowledged_at_once(folder: S3Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    received: list[int] = []
+    usual = PromptSocket.recv
+
+    def recv(sock: PromptSocket, *arguments: Any) -> bytes:
+        data = usual(sock, *arguments)
+        received.append(len(data))
+        return data
+
+    monkeypatch.setattr(PromptSocket, "recv", recv)
+    folder.put("file", b"0123456789")
+    assert folder.read("file", 10) == b"0123456789"
+    assert received
 
 
 def test_folder_tells_what_it_is(folder: S3Folder) -> None:

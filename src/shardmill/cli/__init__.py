@@ -25,9 +25,13 @@ from shardmill.cli.failures import Failure, describe
 
 __all__ = ["main", "program"]
 
+_COLLECT_AFTER = 50_000
+"""New objects after which the cyclic garbage collector looks at them; a run makes little garbage of that kind."""
+
 
 def program() -> int:
     """Be the program `shardmill`, whose process ends with this exit code."""
+    gc.set_threshold(_COLLECT_AFTER)  # modules are loaded all along, and each few hundred objects cost a look at many
     code = main()
     gc.freeze()  # else the interpreter looks at every object twice before it ends, 0.3 s after a run
     return code

@@ -186,7 +186,22 @@ _OPTIONS: Final[Mapping[str, Any]] = {
 def compiled(function: _Function) -> _Function:
     """Compile on the first call, without the interpreter's lock, with IEEE arithmetic as it is written."""
     result: _Function = numba.njit(**_OPTIONS)(function)
+    _load_as_it_is(getattr(result, "_cache", None))
     return result
+
+
+def _load_as_it_is(cache: Any) -> None:
+    """Load what was compiled before without the registries that only compiling needs, and which it reads by itself.
+
+    numba reads all of them before the first look into its cache, which is most of what a first call costs.
+    """
+    if hasattr(cache, "_load_overload") and hasattr(cache, "_guard_against_spurious_io_errors"):
+
+        def load(signature: Any, target: Any) -> Any:
+            with cache._guard_against_spurious_io_errors():  # noqa: SLF001 - there is no other way
+                return cache._load_overload(signature, target)  # noqa: SLF001 - the same
+
+        cache.load_overload = load
 
 
 def spliced(function: _Function) -> _Function:

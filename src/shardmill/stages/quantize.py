@@ -74,6 +74,8 @@ class Sources:
         """
         if name not in self.readers:
             self.readers[name] = self._open(name)
+            if name == self.shard.name:
+                self.readers[name].expect_once()
         return self.readers[name]
 
     def _open(self, name: str) -> Reader:
@@ -228,9 +230,6 @@ def open_unchanged(sources: Sources) -> None:
 
 
 def _compute(sources: Sources, store: Store, controls: Controls) -> Receipt:
-    from shardmill.kernels.lanes import needs_torch  # kernels take long to import, and a hit needs none
-    from shardmill.kernels.shard import encode_shard
-
     shard = sources.shard
     with collection_paused():
         layout = shard.layout()
@@ -238,9 +237,12 @@ def _compute(sources: Sources, store: Store, controls: Controls) -> Receipt:
     with controls.devices.lend() as device:
         if controls.should_stop():
             raise interrupted()
+        open_unchanged(sources)
+        from shardmill.kernels.lanes import needs_torch  # kernels take long to import, and a hit needs none
+        from shardmill.kernels.shard import encode_shard
+
         if needs_torch(shard, device):
             limit_threads(controls.devices.devices)
-        open_unchanged(sources)
         stem = store.stem(shard, sources.identities)
         writer = store.writer(stem or shard.shape(), len(header) + layout.data_bytes)
         nonfinite: list[NonFinite] = []

@@ -24,7 +24,7 @@ from shardmill.storage.folder import FileIdentity
 _TRIES: Final = 2
 """Fetches of a block that must differ from the first one before the difference is believed."""
 
-KEPT_BYTES: Final = 208 << 20
+KEPT_BYTES: Final = 240 << 20
 """What the readers of a process may keep together, beside their own blocks, for a second read."""
 
 
@@ -157,10 +157,17 @@ class _Block:
         """Reads that wait for it or copy out of it."""
         self.is_checked = False
         """Whether it is known to be what an earlier fetch brought."""
+        self.read_to = 0
+        """How far it was copied out from its beginning, without gaps."""
 
     @property
     def is_idle(self) -> bool:
         return not self.pins and self.future.done()
+
+    def note(self, begin: int, end: int) -> None:
+        """Take note of what was copied out."""
+        if begin <= self.read_to < end:
+            self.read_to = end
 
     @property
     def has_failed(self) -> bool:
@@ -214,6 +221,10 @@ class BlockReader:
         self._free: list[bytearray] = []
         self._allocated = 0
         self._digests: dict[int, bytes] = {}
+        self._is_once = False
+        """Whether only what is announced is read again."""
+        self._undigested: set[int] = set()
+        """Blocks that were read, and let go without a digest."""
         self._tick = 0
         self._reach = 0
         """How many blocks behind the last one that is asked for are fetched ahead."""
@@ -268,6 +279,20 @@ class BlockReader:
                 self._room.give_back(id(self), granted)
         return True
 
+    def expect_once(self) -> None:
+        """See `Reader.expect_once`: it fetches the beginning, and blocks get a digest if they go before their time.
+
+        A block that is fetched again against this promise counts once two fetches of it agree.
+        """
+        with self._changed:
+            if self._is_once or self._is_closed:
+                return
+            self._is_once = True
+            for index in range(min(self._own, self._span(0, self.identity.size))):
+                if index not in self._held and self._make_room(index, index):
+                    self._start(index)
+            self._reach = self._reach_limit
+
     def _keep(self, begin: int, end: int, count: int) -> int:
         """Keep the first blocks of a range; returns their bytes."""
         nbytes = count * self._block_bytes
@@ -308,6 +333,10 @@ class BlockReader:
     def _is_kept(self, index: int) -> bool:
         begin, end = index * self._block_bytes, (index + 1) * self._block_bytes
         return any(twice.done < min(end, twice.kept) and begin < twice.kept for twice in self._twice)
+
+    def _is_read_again(self, index: int) -> bool:
+        begin, end = index * self._block_bytes, (index + 1) * self._block_bytes
+        return any(twice.done < min(end, twice.end) and begin < twice.end for twice in self._twice)
 
     def read_into(self, offset: int, view: memoryview) -> None:
         """Fill `view` with the bytes from `offset` on.
@@ -354,6 +383,7 @@ class BlockReader:
                 block.future.result()
                 if self._is_same(block):
                     view[:] = memoryview(block.buffer)[skip : skip + len(view)]
+                    block.note(skip, skip + len(view))
                     return
             finally:
                 self._unpin(block)
@@ -366,13 +396,24 @@ class BlockReader:
 
     def _is_same(self, block: _Block) -> bool:
         """Whether a block that arrived is what it was before; takes note of it at the first time."""
-        if not block.is_checked:
-            digest = blake3(memoryview(block.buffer)[: self._length(block.index)]).digest()
-            with self._changed:
-                block.is_checked = self._digests.setdefault(block.index, digest) == digest
-                if not block.is_checked and self._held.get(block.index) is block:
-                    del self._held[block.index]
-        return block.is_checked
+        if block.is_checked:
+            return True
+        if self._is_once and block.index not in self._digests and block.index not in self._undigested:
+            block.is_checked = True
+            return True
+        digest = self._digest(block)
+        with self._changed:
+            is_first = block.index in self._undigested  # of two that have to agree
+            self._undigested.discard(block.index)
+            is_held = self._held.get(block.index) is block  # else another thread has refused it
+            is_same = self._digests.setdefault(block.index, digest) == digest
+            block.is_checked = is_held and is_same and not is_first
+            if is_held and not block.is_checked:
+                del self._held[block.index]
+            return block.is_checked
+
+    def _digest(self, block: _Block) -> bytes:
+        return blake3(memoryview(block.buffer)[: self._length(block.index)]).digest()
 
     def _length(self, index: int) -> int:
         return min(self._block_bytes, self.identity.size - index * self._block_bytes)
@@ -482,6 +523,11 @@ class BlockReader:
         return False
 
     def _drop(self, block: _Block) -> None:
+        if self._is_once and block.is_checked and block.index not in self._digests:
+            if block.read_to < self._length(block.index) or self._is_read_again(block.index):
+                self._digests[block.index] = self._digest(block)
+            else:
+                self._undigested.add(block.index)
         del self._held[block.index]
         self._recycle(block)
 

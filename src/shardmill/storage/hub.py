@@ -174,6 +174,9 @@ class _CachedReader:
     ) -> None:
         self._file.__exit__(kind, error, trace)
 
+    def expect_once(self) -> None:
+        """As `Reader.expect_once`; nothing is remembered anyway."""
+
     def announce(self, ranges: Sequence[tuple[int, int]]) -> bool:
         """As `Reader.announce`."""
         return self._file.announce(ranges)

@@ -89,6 +89,9 @@ class RangeReader:
         if kind is None and after != self.identity:
             raise SourceChanged(f"{show(str(self.path), 200)} changed while it was read; run again")
 
+    def expect_once(self) -> None:
+        """As `Reader.expect_once`; nothing is remembered anyway."""
+
     def announce(self, ranges: Sequence[tuple[int, int]]) -> bool:  # noqa: ARG002 - the page cache keeps what is read twice
         """As `Reader.announce`."""
         return True

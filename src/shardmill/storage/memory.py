@@ -251,6 +251,9 @@ class MemoryReader:
         if kind is None:
             self._folder.read_part(self._name, self.identity, 0, 0)
 
+    def expect_once(self) -> None:
+        """As `Reader.expect_once`; nothing is remembered anyway."""
+
     def announce(self, ranges: Sequence[tuple[int, int]]) -> bool:  # noqa: ARG002 - everything is kept
         """As `Reader.announce`."""
         return True

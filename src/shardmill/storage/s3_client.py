@@ -51,6 +51,8 @@ from shardmill.errors import (
     show,
 )
 from shardmill.storage.operations import operation
+from shardmill.storage.prompt import prompt_socket
+from shardmill.storage.s3_body import CHUNK_BYTES, read_into
 
 CONNECT_SECONDS: Final[float] = 5.0
 READ_SECONDS: Final[float] = 30.0
@@ -66,7 +68,6 @@ SLOWEST: Final[int] = 256 << 10
 _FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 4.0
 _CONNECTIONS: Final = 32
-_CHUNK_BYTES: Final = 256 << 10
 _ENVIRONMENT: Final = ("AWS_", "FSSPEC_", "BOTO")
 
 _NO_BUCKET: Final = "NoSuchBucket"
@@ -286,8 +287,8 @@ class _BodyPayload(aiohttp.payload.Payload):
     async def write(self, writer: AbstractStreamWriter) -> None:
         """Send everything that follows; the body stays where it is, so that it can be sent again."""
         view: memoryview = self._value.rest
-        for begin in range(0, len(view), _CHUNK_BYTES):
-            await writer.write(view[begin : begin + _CHUNK_BYTES])
+        for begin in range(0, len(view), CHUNK_BYTES):
+            await writer.write(view[begin : begin + CHUNK_BYTES])
 
 
 aiohttp.payload.register_payload(_BodyPayload, Body, order=aiohttp.payload.Order.try_first)
@@ -311,6 +312,17 @@ def _never() -> bool:
     return False
 
 
+def _connector_args() -> dict[str, Any]:
+    from aiobotocore.config import AioConfig  # takes long to import
+
+    wanted = {"socket_factory": prompt_socket}
+    try:
+        AioConfig(connector_args=wanted)
+    except BotoCoreError:  # an older one does not know it
+        return {}
+    return wanted
+
+
 class Client:
     """The way to one endpoint for one process; all its threads share it."""
 
@@ -330,6 +342,7 @@ class Client:
         # Over plain http nothing but a signed body tells the server of damage. Over https that would only cost time.
         return {
             "connect_timeout": CONNECT_SECONDS,
+            "connector_args": _connector_args(),
             "max_pool_connections": _CONNECTIONS,
             "read_timeout": READ_SECONDS,
             "request_checksum_calculation": "when_required",
@@ -439,7 +452,7 @@ class Client:
                 length = int(reply["ContentLength"])
                 data = bytearray()
                 while len(data) < min(length, limit):
-                    chunk = await body.read(min(_CHUNK_BYTES, limit - len(data)))
+                    chunk = await body.read(min(CHUNK_BYTES, limit - len(data)))
                     if not chunk:
                         raise aiohttp.ClientPayloadError
                     data += chunk
@@ -466,18 +479,16 @@ class Client:
     async def _fill(self, place: Place, etag: str, start: int, view: memoryview) -> None:
         done = 0
 
-        async def attempt() -> None:
+        def took(nbytes: int) -> None:
             nonlocal done
+            done += nbytes
+
+        async def attempt() -> None:
             span = f"bytes={start + done}-{start + len(view) - 1}"
             reply = await self.send("get_object", Bucket=place.bucket, Key=place.key, IfMatch=f'"{etag}"', Range=span)
             async with reply["Body"] as body:
                 _check_range(reply, place, etag, start + done)
-                while done < len(view):
-                    chunk = await body.read(min(_CHUNK_BYTES, len(view) - done))
-                    if not chunk:
-                        raise aiohttp.ClientPayloadError
-                    view[done : done + len(chunk)] = chunk
-                    done += len(chunk)
+                await read_into(body, view[done:], took, silence=READ_SECONDS)
 
         if not len(view):
             return

@@ -7,6 +7,7 @@ import errno
 import functools
 import logging
 import math
+import os
 import queue
 import re
 import secrets
@@ -28,6 +29,9 @@ from shardmill.storage.s3_marks import body_of, end_upload, hold, let_go, new_ma
 PART_BYTES: Final[int] = 16 << 20
 """Least size of a part; a file that is no larger is written in one request."""
 PARTS_IN_FLIGHT: Final[int] = 3
+"""Most of one upload."""
+SHARED_BUFFERS: Final[int] = 4
+"""Buffers of a part's size that the uploads of a process share, beside the one that each has for itself."""
 COPY_PART_BYTES: Final[int] = 256 << 20
 COPIES_IN_FLIGHT: Final[int] = 8
 _PARTS: Final = 9000
@@ -262,10 +266,48 @@ def copy_in_parts(
         raise
 
 
-def _abandon(uploads: list[Upload]) -> None:
+_shared = threading.BoundedSemaphore(SHARED_BUFFERS)
+
+
+def _after_fork() -> None:
+    global _shared  # noqa: PLW0603 - uploads of the other process hold what it lends
+    _shared = threading.BoundedSemaphore(SHARED_BUFFERS)
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+class _Buffers:
+    """How many buffers a writer has: one of its own, and of the shared ones as many as there are."""
+
+    def __init__(self) -> None:
+        self._shared = _shared
+        self._count = 0
+
+    def take(self) -> bool:
+        """Whether there may be another buffer; never more than one above the parts on their way."""
+        if self._count and (self._count > PARTS_IN_FLIGHT or not self._shared.acquire(blocking=False)):
+            return False
+        self._count += 1
+        return True
+
+    def give_back(self) -> None:
+        """Leave all of them to others, once no part is on its way."""
+        for _ in range(1, self._count):
+            self._shared.release()
+        self._count = 0
+
+
+def _abandon(uploads: list[Upload], buffers: _Buffers) -> None:
     """Abort what a dropped writer left; in a thread, since garbage is collected anywhere, the event loop included."""
-    for upload in uploads:
-        threading.Thread(target=upload.abort, name="abandoned upload", daemon=True).start()
+
+    def abort() -> None:
+        for upload in uploads:
+            upload.abort()
+        buffers.give_back()
+
+    if uploads:
+        threading.Thread(target=abort, name="abandoned upload", daemon=True).start()
 
 
 class S3Writer:
@@ -278,7 +320,7 @@ class S3Writer:
         self._hashes = BlobHashes(size)
         self._part_bytes = part_bytes(size, PART_BYTES)
         self._free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
-        self._buffers = 0
+        self._buffers = _Buffers()
         self._buffer = memoryview(b"")
         self._used = 0
         """Bytes in the buffer."""
@@ -287,7 +329,7 @@ class S3Writer:
         self._parts = 0
         self._is_over = False
         self._uploads: list[Upload] = []
-        self._finalizer = weakref.finalize(self, _abandon, self._uploads)
+        self._finalizer = weakref.finalize(self, _abandon, self._uploads, self._buffers)
         self._finalizer.atexit = False
 
     def __enter__(self) -> Self:
@@ -339,6 +381,7 @@ class S3Writer:
                 self._send()
             self._uploads[0].finish(self._size)
         self._close()
+        self._buffers.give_back()
         return digests
 
     def abort(self) -> None:
@@ -347,6 +390,7 @@ class S3Writer:
         self._close()
         for upload in uploads:
             upload.abort()
+        self._buffers.give_back()
 
     def _demand_open(self) -> None:
         if self._is_over:
@@ -359,9 +403,8 @@ class S3Writer:
         self._used = 0
 
     def _next_buffer(self) -> None:
-        """Take a buffer; one more than there may be parts on their way, so that waiting for one bounds them."""
-        if self._buffers <= PARTS_IN_FLIGHT:
-            self._buffers += 1
+        """Take a buffer: a new one where there may be more, else one whose part has arrived."""
+        if self._buffers.take():
             self._buffer = memoryview(bytearray(min(self._part_bytes, self._size)))
         else:
             self._buffer = self._free.get()

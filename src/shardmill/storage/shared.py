@@ -166,6 +166,9 @@ class _SharedReader:
         """As `Reader.read_into`."""
         self.bytes_read += self._share.read_into(self._run, offset, view)
 
+    def expect_once(self) -> None:
+        """As `Reader.expect_once`; other runs may read the same again."""
+
     def announce(self, ranges: Sequence[tuple[int, int]]) -> bool:
         """As `Reader.announce`: what fits is kept; who is far ahead of another run is to come back later."""
         if not ranges:
