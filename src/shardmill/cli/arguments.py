@@ -230,8 +230,8 @@ def _add_recipe(parser: argparse.ArgumentParser, *, takes_several: bool = False)
     group.add_argument(
         "--input-scale",
         metavar="POLICY",
-        help="for NVFP4, whose activations have a stored global scale too: constant:V assumes that none exceeds V, which"
-        " is a proxy for calibration and clips what does; donor:LOCATION takes the scales of a calibrated NVFP4"
+        help="for NVFP4, which stores a global scale of activations, too: constant:V assumes that none exceeds V, a"
+        " proxy for calibration that clips what does; donor:LOCATION takes the scales of a calibrated NVFP4"
         " checkpoint of the same architecture (compressed-tensors or ModelOpt; a path, s3:// or hf://)",
     )
     group.add_argument(

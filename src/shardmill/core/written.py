@@ -20,7 +20,15 @@ from shardmill.core.matching import CATCH_ALL, Matcher, split_name
 from shardmill.core.plan import COPY, SPLIT, SourceShard
 from shardmill.core.resolve import check_resolution
 from shardmill.core.roles import role_of
-from shardmill.core.scheme import LOCAL, PRESETS, ActivationArgs, Scheme, WeightArgs, parse_weight_args, weight_args_to_json
+from shardmill.core.scheme import (
+    LOCAL,
+    PRESETS,
+    ActivationArgs,
+    Scheme,
+    WeightArgs,
+    parse_weight_args,
+    weight_args_to_json,
+)
 from shardmill.core.serving import Served
 from shardmill.errors import Problem, Refused, show
 

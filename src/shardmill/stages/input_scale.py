@@ -1,7 +1,7 @@
 """Global scales of activations from a donor: a checkpoint of the same architecture that was calibrated.
 
-Of the donor only headers and the scales themselves are read, in ranges of at most `RANGE_BYTES`, while the plan is made;
-from then on they are numbers in the plan. `core.input_scale` says what the numbers mean.
+Of the donor only headers and the scales themselves are read, in ranges of at most `RANGE_BYTES`, while the plan is
+made; from then on they are numbers in the plan. `core.input_scale` says what the numbers mean.
 """
 
 from __future__ import annotations
