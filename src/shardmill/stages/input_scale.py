@@ -108,7 +108,7 @@ def _with_digests(recipe: Recipe, digests: Mapping[str, str]) -> Recipe:
 
 def _resolved(scheme: Scheme, digests: Mapping[str, str]) -> Scheme:
     policy, location = scheme.input_scale, _donor_of(scheme)
-    if policy is None or location not in digests:
+    if policy is None or location is None or location not in digests:
         return scheme
     return replace(scheme, input_scale=replace(policy, digest=digests[location]))
 
