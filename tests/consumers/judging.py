@@ -9,17 +9,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from consumers.bench import Bench, Heard, dense_copy, without_activations
+from consumers.bench import Bench, Heard, dense_copy, input_scales, without_activations
 from consumers.cases import CASES, FAR_OFF, MARGIN, Case
 from zoo.battery import relative
 
 LARGEST_DIFFERENCE: Final = 1e-2
 """Of logits of the same weights, read by two readers: norm of the difference over norm."""
+LARGEST_DIFFERENCE_ROUNDED: Final = 5e-2
+"""The same with activations rounded to 4 bits by both: a last bit decides between codes that are far apart."""
 FEW_LAYERS: Final = 2
 LARGEST_DISTANCE: Final = 0.1
 """Between log-probabilities of vLLM, which computes in BF16, and those of the same weights elsewhere, in nats."""
 LARGEST_DISTANCE_ROUNDED: Final = 0.3
 """The same where vLLM rounds activations to 8 bits, too, which the other side does not."""
+
+LARGEST_DISTANCE_EMULATED: Final = 0.4
+"""The same where both sides round activations to 4 bits: a last bit of BF16 decides between codes far apart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +65,7 @@ class InVllm:
         if not self.ratio <= self.case.limit * MARGIN:
             found.append(f"{self.case.name}: {self.ratio} times the perplexity of the source")
         largest = LARGEST_DISTANCE_ROUNDED if self.case.rounds_activations else LARGEST_DISTANCE
+        largest = LARGEST_DISTANCE_EMULATED if self.case.is_emulated else largest
         if not self.distance <= largest:
             found.append(f"{self.case.name}: {self.distance} nats from the same weights elsewhere")
         return found
@@ -111,8 +117,22 @@ class Judge:
 
     def _dense(self, case: Case) -> Heard:
         with tempfile.TemporaryDirectory(dir=self.bench.home) as scratch:
-            copy = dense_copy(self.bench.result(case), Path(scratch) / "dense")
-            return self.bench.heard(self.bench.in_transformers(copy))
+            result = self.bench.result(case)
+            copy = dense_copy(result, Path(scratch) / "dense")
+            scales = input_scales(result) if case.is_emulated else {}
+            return self.bench.heard(self.bench.in_transformers(copy, scales))
+
+    def with_activations(self, case: Case) -> InTransformers:
+        """Compare what transformers makes of activations of 4 bits with what the formulas make of them."""
+        asked = self.few_layers.home / f"{case.name}-activations.json"
+        return InTransformers(case=case, difference=kept(asked, lambda: self._activations(case)))
+
+    def _activations(self, case: Case) -> float:
+        result = self.few_layers.result(case)
+        with tempfile.TemporaryDirectory(dir=self.few_layers.home) as scratch:
+            copy = dense_copy(result, Path(scratch) / "dense")
+            ours = self.few_layers.in_transformers(copy, input_scales(result))
+        return relative(self.few_layers.in_transformers(result), ours)
 
     def _kept(self, name: str, ask: Callable[[], Heard]) -> Heard:
         return Heard(**kept(self.bench.home / f"{name}.json", lambda: asdict(ask())))

@@ -20,6 +20,7 @@ from compressed_tensors.quantization.utils import generate_gparam
 from torch import Tensor
 
 import checkpoints
+from kernels.plain_decoding import nvfp4_activations
 from shardmill.cli import main
 from shardmill.core.input_scale import global_scale_of
 from shardmill.core.limits import Intake
@@ -131,17 +132,6 @@ def test_the_config_is_the_preset_of_the_library(dense: Path, tmp_path: Path) ->
     assert scheme.input_activations.model_copy(update=observer) == theirs.input_activations
 
 
-def plain_fake_quant(values: Tensor, scale: Tensor) -> Tensor:
-    """Activations as a kernel sees them, from the formulas alone, in float64 but for what is stored."""
-    table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
-    groups = values.double().reshape(-1, 16)
-    local = (scale.double() * groups.abs().amax(1) / 6).clamp(max=448).float().to(torch.float8_e4m3fn).double()
-    local = torch.where(local == 0, torch.tensor(0.125, dtype=torch.float64), local) / scale.double()
-    wanted = (groups / local[:, None]).clamp(-6, 6)
-    distance = (wanted.abs()[..., None] - table).abs()
-    return (table[distance.argmin(-1)] * wanted.sign() * local[:, None]).reshape(values.shape)
-
-
 @pytest.mark.parametrize("largest", [0.5, 6.0, 20.0])
 def test_activations_of_the_library_are_those_of_the_formula(dense: Path, tmp_path: Path, largest: float) -> None:
     stored = checkpoints.read(convert(dense, tmp_path / "result", "constant:6"))[f"{Q}.{PARAM}"]
@@ -151,7 +141,7 @@ def test_activations_of_the_library_are_those_of_the_formula(dense: Path, tmp_pa
     values *= largest / values.abs().max()
     args = preset_name_to_scheme("NVFP4", ["Linear"]).input_activations
     theirs = forward_quantize(linear, values, "input", args)
-    ours = plain_fake_quant(values, stored)
+    ours = torch.from_numpy(nvfp4_activations(values.double().numpy(), float(stored)))
     is_same = (theirs.double() - ours).abs() <= 1e-6 * ours.abs()
     assert is_same.float().mean() > 0.995  # a quotient in the middle of two codes may be rounded either way
     assert theirs.abs().max() <= 6.0 * (1 + 2.0**-20)  # larger ones are clipped to what was assumed
