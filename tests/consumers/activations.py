@@ -2,7 +2,8 @@
 
     python tests/consumers/activations.py [--write docs/activations.md]
 
-The judge is that of docs/quality.md: transformers loads the result and rounds activations as compressed-tensors does.
+The judge is that of docs/quality.md. transformers loads the weights; activations are rounded by the formulas, which
+`test_activations.py` holds against a slower reader, since compressed-tensors takes minutes for a row.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from consumers.bench import input_scales
 from reference.compare_quality import AS_RUN, EXAMPLE, IGNORE, WEIGHTS, Judge, _load, _log_probabilities
 from shardmill.core.input_scale import global_scale_of
 from shardmill.core.recipe import uniform
@@ -73,12 +75,13 @@ class Scales:
         """Weights alone, the donor, and every constant; a constant differs in nothing but those numbers."""
         yield self._row("bf16", _load(self.source, AS_RUN))
         yield self._row("weights only, as NVFP4A16", _load(self.result, WEIGHTS))
-        model = _load(self.result, AS_RUN)
+        model, scales = _load(self.result, WEIGHTS), input_scales(self.result)
+        for name, module in model.named_modules():
+            if name in scales:
+                module.register_forward_pre_hook(lambda _m, inputs, name=name: (rounded(inputs[0], scales[name]),))
         yield self._row(CALIBRATED, model)
         for constant in CONSTANTS:
-            for module in model.modules():
-                if hasattr(module, "input_global_scale"):
-                    module.input_global_scale.fill_(global_scale_of(constant))
+            scales.update(dict.fromkeys(scales, global_scale_of(constant)))
             yield self._row(f"`constant:{constant}`", model)
 
     @torch.no_grad()
@@ -90,6 +93,21 @@ class Scales:
             surprise -= float(found.gather(1, window[1:, None]).sum(dtype=torch.float64))
         tokens = self.judge.tokens
         return Row(name, divergence / tokens, float(torch.tensor(surprise / tokens).exp()))
+
+
+_BETWEEN: Final = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+"""Where E2M1 changes; a tie goes to the even code, which is the upper one at 0.75, 1.75 and 3.5."""
+_EDGES: Final = torch.where(torch.arange(7) % 2 == 1, torch.nextafter(_BETWEEN, torch.zeros(7)), _BETWEEN)
+_E2M1: Final = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+
+def rounded(values: Tensor, scale: float) -> Tensor:
+    """Activations as an engine with 4 bits has them, in float32."""
+    groups = values.reshape(-1, 16)
+    most = groups.abs().amax(1, keepdim=True)
+    local = (scale * (most / 6)).clamp(max=448).to(torch.float8_e4m3fn).float() / scale
+    wanted = torch.where(local > 0, groups.abs() / local, 0)
+    return (_E2M1[torch.bucketize(wanted, _EDGES)] * groups.sign() * local).reshape(values.shape)
 
 
 @torch.no_grad()

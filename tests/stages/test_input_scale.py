@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,19 @@ from torch import Tensor
 
 import checkpoints
 from kernels.plain_decoding import nvfp4_activations
+from shardmill.api import process_file_microscale_scheme, validate_file
 from shardmill.cli import main
 from shardmill.core.input_scale import global_scale_of
 from shardmill.core.limits import Intake
 from shardmill.core.recipe import parse_recipe, uniform
-from shardmill.errors import Refused
+from shardmill.errors import Refused, TransferDamaged
 from shardmill.kernels.ct_adapter import check_config
 from shardmill.stages import input_scale as module
 from shardmill.stages.pipeline import RunOptions, run
 from shardmill.stages.plan import Locations, make_plan
 from shardmill.stages.reproduce import reproduce
 from shardmill.stages.verify import verify, verify_against
+from shardmill.storage import memory
 from shardmill.storage.source import open_source
 
 OPTIONS = RunOptions(device="cpu", workers=1)
@@ -374,3 +377,44 @@ def test_plans_reports_and_cards_tell_of_the_policy(
 def test_the_policy_of_nothing_is_refused(dense: Path, more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(dense), *more, "--input-scale", "constant:6"]) == 2
     assert "input" in capsys.readouterr().err
+
+
+# ---- functions of one shard -------------------------------------------------------------------------------------
+
+
+def test_functions_of_one_shard_take_a_policy_too(dense: Path, tmp_path: Path) -> None:
+    whole = convert(dense, tmp_path / "whole", "constant:6")
+    donor = checkpoints.write(tmp_path / "donor", [donated(sorted(scales(whole)))])
+    files = {str(path): None for path in sorted(dense.glob("*.safetensors"))}
+    ignore = ["model.embed_tokens"]
+    for policy in ("constant:6", f"donor:{donor}"):
+        target = tmp_path / "one" / "model.safetensors"
+        validate_file(files, target, "NVFP4", ignore, "cpu", input_scale=policy)
+        process_file_microscale_scheme(files, target, "NVFP4", ignore, "cpu", input_scale=policy)
+        known = convert(dense, tmp_path / f"by {policy.partition(':')[0]}", policy)
+        assert checkpoints.as_bytes(checkpoints.read(target.parent)) == checkpoints.as_bytes(checkpoints.read(known))
+    for function in (validate_file, process_file_microscale_scheme):
+        with pytest.raises(Refused, match="constant:V"):
+            function(files, tmp_path / "two" / "model.safetensors", "NVFP4", ignore, "cpu")
+        with pytest.raises(Refused, match="for 14 of 14 modules"):
+            function(files, tmp_path / "two" / "m.safetensors", "NVFP4", ignore, "cpu", input_scale=f"donor:{dense}")
+
+
+def test_scales_that_arrive_damaged_are_not_used(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(
+        Locations(source=str(dense), destination="memory://damaged/donor", store="memory://damaged/store"),
+        uniform("NVFP4", input_scale="constant:12"),
+        OPTIONS,
+    )
+    plan, counts = uniform("NVFP4", input_scale="donor:memory://damaged/donor"), [0]
+    assert make_plan(open_source(str(dense)), plan).problems == ()
+    read = module._read_range
+
+    def damaged(reader: Any, begin: int, end: int) -> bytearray:
+        counts[0] += 1
+        return read(reader, begin, end) if counts[0] % 2 else bytearray(end - begin)
+
+    monkeypatch.setattr(module, "_read_range", damaged)
+    monkeypatch.setattr(memory, "_TRAITS", replace(memory._TRAITS, is_remote=True))
+    with pytest.raises(TransferDamaged, match="two reads of one state differ"):
+        make_plan(open_source(str(dense)), plan)
