@@ -48,9 +48,9 @@ MXFP4_LIMIT: Final = 1.5
 """Measured on this text; the other has 1.43. The divergence is the reference's, as docs/quality.md shows."""
 
 
-NVFP4_RATIO: Final = 1.6
+NVFP4_RATIO: Final = 1.37
 """Measured on this text, with activations of 4 bits; docs/activations.md has calibrated ones beside it."""
-ASSUMED: Final = "constant:100"
+ASSUMED: Final = "constant:1000"
 
 
 def _case(scheme: str, group_size: int | None = None, *, limit: float = 0.0, kernels: str = "") -> Case:
