@@ -51,7 +51,8 @@ class Row:
     perplexity: float
 
     def __str__(self) -> str:
-        return f"| {self.name} | {self.divergence:.4f} | {self.perplexity:.2f} |"
+        perplexity = f"{self.perplexity:.2f}" if self.perplexity < 10_000 else f"{self.perplexity:.0e}"
+        return f"| {self.name} | {self.divergence:.4f} | {perplexity} |"
 
 
 class Scales:

@@ -15,8 +15,6 @@ from zoo.battery import relative
 
 LARGEST_DIFFERENCE: Final = 1e-2
 """Of logits of the same weights, read by two readers: norm of the difference over norm."""
-LARGEST_DIFFERENCE_ROUNDED: Final = 5e-2
-"""The same with activations rounded to 4 bits by both: a last bit decides between codes that are far apart."""
 FEW_LAYERS: Final = 2
 LARGEST_DISTANCE: Final = 0.1
 """Between log-probabilities of vLLM, which computes in BF16, and those of the same weights elsewhere, in nats."""

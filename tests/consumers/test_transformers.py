@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from consumers.cases import CASES, FROM_AWQ, Case
-from consumers.judging import LARGEST_DIFFERENCE_ROUNDED, Judge
+from consumers.judging import Judge
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -17,6 +17,4 @@ def test_transformers_reads_what_was_written(judge: Judge, case: Case) -> None:
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.is_emulated], ids=lambda case: case.name)
 def test_transformers_rounds_activations_to_four_bits_as_told(judge: Judge, case: Case) -> None:
-    rounded, weights = judge.with_activations(case), judge.in_transformers(case)
-    assert rounded.difference <= LARGEST_DIFFERENCE_ROUNDED
-    assert weights.problems == []
+    assert judge.with_activations(case).problems == []
