@@ -48,7 +48,7 @@ MXFP4_LIMIT: Final = 1.5
 """Measured on this text; the other has 1.43. The divergence is the reference's, as docs/quality.md shows."""
 
 
-NVFP4_RATIO: Final = 1.37
+NVFP4_RATIO: Final = 1.381
 """Measured on this text, with activations of 4 bits; docs/activations.md has calibrated ones beside it."""
 ASSUMED: Final = "constant:1000"
 

@@ -21,7 +21,7 @@ LARGEST_DISTANCE: Final = 0.1
 LARGEST_DISTANCE_ROUNDED: Final = 0.3
 """The same where vLLM rounds activations to 8 bits, too, which the other side does not."""
 
-LARGEST_DISTANCE_EMULATED: Final = 0.4
+LARGEST_DISTANCE_EMULATED: Final = 0.7
 """The same where both sides round activations to 4 bits: a last bit of BF16 decides between codes far apart."""
 
 
