@@ -39,6 +39,9 @@ _SCHEDULER_PATTERN: Final = r"^(tcp|tls)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):
 _DEPLOYMENT_PATTERN: Final = r"^(?!quantize-batch/)[^/]+/[^/]+(?!\n)$"
 """A batch that started itself would wait for ever."""
 _BUDGET_PATTERN: Final = r"^[0-9]+(\.[0-9]+)? ?(bpw|bpw-quantized|B|kB|MB|GB|TB)(?!\n)$"
+_INPUT_SCALE_PATTERN: Final = (
+    r"^(constant:[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?|donor:" + LOCATION_PATTERN[1:-1] + r")(?!\n)$"
+)
 _CHOICES: Final = (
     "group_size",
     "ignore",
@@ -50,6 +53,7 @@ _CHOICES: Final = (
     "search",
     "dequantize",
     "importance",
+    "input_scale",
 )
 """Fields that a recipe replaces."""
 
@@ -133,6 +137,15 @@ class Choices(_Form):
         description="For search mse: a safetensors file with a float32 tensor for each module, by which errors in its "
         "input features are multiplied; none for all alike.",
     )
+    input_scale: str | None = Field(
+        default=None,
+        max_length=4200,
+        pattern=_INPUT_SCALE_PATTERN,
+        description="For the scheme NVFP4, whose activations have a stored global scale: constant:V assumes that no "
+        "activation exceeds V, a proxy for calibration that clips what does; donor:LOCATION takes the scales of a "
+        "calibrated NVFP4 checkpoint of the same architecture. None for all other schemes.",
+        examples=["constant:1000", "donor:s3://models/Qwen3-8B-NVFP4"],
+    )
     recipe: dict[str, Any] | None = Field(
         default=None,
         description="A whole recipe as a recipe file holds it, for several schemes. "
@@ -153,6 +166,9 @@ class Choices(_Form):
             raise ValueError("dequantize quantizes nothing: leave scheme and all other choices at their defaults")
         if self.importance is not None and self.search != "mse":
             raise ValueError("importance goes with search mse")
+        is_told = self.input_scale is not None
+        if self.recipe is None and PRESETS[self.scheme].needs_input_scale != is_told:
+            raise ValueError("input_scale goes with the scheme NVFP4, which needs one, and with no other")
         return self
 
     @property
@@ -403,6 +419,8 @@ class BatchRequest(Trust, Work, Choices, Batch):
             inherited -= {"scheme", *_CHOICES}
         elif {"scheme", *_CHOICES} & set(choices):
             inherited.discard("recipe")
+        if "scheme" in choices:
+            inherited.discard("input_scale")  # it goes with one scheme only
         fields = {name: getattr(self, name) for name in inherited} | dict(choices)
         try:
             return QuantizeRequest.model_validate(fields | {"source": source, "destination": destination})

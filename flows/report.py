@@ -57,6 +57,7 @@ def _totals(summary: Summary, figures: Mapping[str, Any]) -> Iterator[tuple[str,
         (f"{human_bytes(totals.source_bytes)} in, **{human_bytes(totals.output_bytes)} out** ({summary.ratio:.1%})"),
     )
     yield "bits per weight", f"**{summary.bits_per_weight:.2f}**, {quantized}"
+    yield from (("NVFP4", line) for line in summary.inputs)
     yield "shards", f"{figures['shards']}, of which {figures['hits']} were done before"
     if page := figures.get("page"):
         yield "page", code(str(page), 300)

@@ -81,6 +81,12 @@ def read(root: Path) -> dict[str, Tensor]:
     return found
 
 
+def names(path: Path) -> set[str]:
+    """Names of the tensors of one shard."""
+    with safe_open(path, "pt") as shard:
+        return set(shard.keys())
+
+
 def as_bytes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     """Tensors as values that compare bit by bit."""
     return {

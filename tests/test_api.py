@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import shardmill
+from asked import asked
 from blocks import row_blocks
 from shardmill import api, process_file, process_file_microscale_scheme, split_fused_moe_experts, validate_file
 from shardmill.core.header import encode_header
@@ -83,6 +84,11 @@ def call(path: Path, save_path: Path, scheme: Any = "FP8_DYNAMIC", ignore: Any =
     return function({str(path): None}, save_path, scheme, ignore, "cpu", **more)[1]
 
 
+def told(scheme: str) -> dict[str, str]:
+    """What a preset needs beside its name."""
+    return {name: value for name, value in asked(scheme).items() if name != "scheme"}
+
+
 def ct_scheme(name: str, **changes: Any) -> Any:
     """A scheme object of compressed-tensors; importing it costs seconds."""
     from compressed_tensors.quantization import preset_name_to_scheme
@@ -108,8 +114,18 @@ def test_the_functions_take_the_same_parameters_in_the_same_order() -> None:
     for function in THREE:
         parameters = inspect.signature(function).parameters
 
-        assert list(parameters) == ["inverse_weight_map", "save_path", "scheme", "ignore", "device", "converter"]
-        assert [p.name for p in parameters.values() if p.default is not inspect.Parameter.empty] == ["converter"]
+        theirs = [p for p in parameters.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+        assert [p.name for p in theirs] == [
+            "inverse_weight_map",
+            "save_path",
+            "scheme",
+            "ignore",
+            "device",
+            "converter",
+        ]
+        assert [p.name for p in theirs if p.default is not inspect.Parameter.empty] == ["converter"]
+        ours = [p for p in parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+        assert [(p.name, p.default) for p in ours] == ([] if function is process_file else [("input_scale", None)])
     assert next(iter(inspect.signature(split_fused_moe_experts).parameters)) == "tensors"
 
 
@@ -137,7 +153,7 @@ def test_every_preset_gives_the_bytes_of_the_kernel(scheme: str, tmp_path: Path)
     weight, chosen = random(96, 256, seed=7), PRESETS[scheme]
     path = store(tmp_path / "a.safetensors", {"m.weight": weight})
 
-    call(Path(path), tmp_path / "b.safetensors", scheme)
+    call(Path(path), tmp_path / "b.safetensors", scheme, **told(scheme))
 
     whole = reference.measure(weight)
     encoded = reference.encode(weight, chosen.weights, format=chosen.format, scale_dtype="BF16", whole=whole)
@@ -147,6 +163,7 @@ def test_every_preset_gives_the_bytes_of_the_kernel(scheme: str, tmp_path: Path)
     }
     extra = {"weight_global_scale"} if chosen.weights.has_global_scale else set()
     extra |= {"weight_shape"} if chosen.format == "pack-quantized" else set()
+    extra |= {"input_global_scale"} if chosen.needs_input_scale else set()
     assert {name.removeprefix("m.") for name in stored} == set(encoded.tensors) | extra
 
 

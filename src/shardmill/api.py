@@ -33,6 +33,8 @@ from shardmill.core.checks import check_shard
 from shardmill.core.dtypes import COMPUTABLE
 from shardmill.core.experts import HALVES, parse_stack
 from shardmill.core.header import ShardHeader, TensorSpec
+from shardmill.core.input_scale import parse_input_scale
+from shardmill.core.limits import Intake
 from shardmill.core.matching import Matcher, split_name
 from shardmill.core.plan import COPY, SPLIT, Checkpoint, ShardPlan, SourceShard
 from shardmill.core.planner import build_plan
@@ -43,6 +45,7 @@ from shardmill.core.strict_json import parse_json
 from shardmill.errors import CheckpointInvalid, NonFiniteWeight, Problem, RecipeInvalid, Refused, refuse, show
 from shardmill.kernels import reference
 from shardmill.kernels.shard import encode_shard
+from shardmill.stages.input_scale import take_input_scales
 from shardmill.storage.folder import Reader
 from shardmill.storage.local import FileWriter, LocalFolder
 from shardmill.storage.source import CONFIG_NAME, SourceFolder
@@ -120,17 +123,22 @@ def process_file_microscale_scheme(
     ignore: Iterable[str],
     device: str | torch.device,
     converter: Converter | None = None,
+    *,
+    input_scale: str | None = None,
 ) -> tuple[int, dict[str, str]]:
     """Quantize as `process_file`, with a scheme that has a global scale per fused set (NVFP4).
 
     The members of a fused set share one global scale if they are read by the same call, from whatever files. All of
     them are written into this shard, also those that another file holds: build the index from what is returned.
 
+    Args:
+        input_scale: for NVFP4 with quantized activations, `constant:V` or `donor:LOCATION`; see `core.input_scale`.
+
     Raises:
         RecipeInvalid: the scheme has no global scales, needs calibration data, or is none.
         Refused: as `process_file`; likewise the others.
     """
-    request = _parse_request(scheme, ignore)
+    request = _parse_request(scheme, ignore, input_scale)
     if not request.scheme.weights.has_global_scale:
         message = f"scheme {show(request.scheme.label)} has no global scales"
         raise _recipe_invalid(message, "use `process_file`")
@@ -144,6 +152,8 @@ def validate_file(
     ignore: Iterable[str],
     device: str | torch.device,  # noqa: ARG001 - as above
     converter: Converter | None = None,
+    *,
+    input_scale: str | None = None,
 ) -> None:
     """Find out from headers alone whether the tensors of one output shard can be quantized; write nothing.
 
@@ -154,7 +164,7 @@ def validate_file(
         RecipeInvalid: the scheme needs calibration data, or is none.
         Refused: every tensor that is missing, no matrix, or does not fit the group size; a `ValueError`.
     """
-    request = _parse_request(scheme, ignore)
+    request = _parse_request(scheme, ignore, input_scale)
     with ExitStack() as stack:
         source = _open(inverse_weight_map, stack)
         passed_over: frozenset[str] = frozenset()
@@ -234,8 +244,10 @@ class _Request:
     ignore: tuple[str, ...]
 
 
-def _parse_request(scheme: CtScheme | str, ignore: Iterable[str]) -> _Request:
+def _parse_request(scheme: CtScheme | str, ignore: Iterable[str], input_scale: str | None = None) -> _Request:
     parsed, targets = _parse_scheme(scheme)
+    if input_scale is not None:
+        parsed = replace(parsed, input_scale=parse_input_scale(input_scale))
     entries = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     if wrong := [entry for entry in entries if not isinstance(entry, str)]:
         raise _recipe_invalid(f"ignore takes patterns, found {wrong[0]!r}"[:200])
@@ -390,10 +402,12 @@ def _decide(source: _Source, request: _Request) -> tuple[ShardPlan, list[Problem
     )
     checkpoint = Checkpoint(shards=(source.shard,), index=None, config_text=config)
     plan = build_plan(checkpoint, recipe, sources=Sources())  # other formats are for converters here
+    plan, lacking = take_input_scales(plan, Intake())
     shard = plan.shards[0]
     if not config and (stacks := [tensor.spec.name for tensor in shard.tensors if tensor.action == SPLIT]):
         _LOG.warning("no %s beside the source: stacks such as %s are split by rows", CONFIG_NAME, show(stacks[0]))
     problems = [problem for problem in plan.problems if problem.kind not in _OF_WHOLE_CHECKPOINTS]
+    problems += lacking
     problems += check_shard(shard, frozenset(tensor.spec.name for tensor in shard.tensors))
     problems += _check_rank(shard, request)
     return shard, source.locate(map(_reword, problems))

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -25,7 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoints import read, write
-from consumers.cases import AWQ_GROUP, NATIVE, TEST_KERNELS, Case
+from consumers.cases import AWQ_GROUP, NATIVE, Case
+from kernels.plain_decoding import nvfp4_activations
 from quantized import AWQ_SECTION, awq, encode_all
 from reference.compare_quality import EXAMPLE, ROOT, TEXT, THREADS, WINDOW_TOKENS
 from reference.compare_search import Case as ReferenceCase
@@ -107,6 +109,12 @@ def dense_weights(result: Path) -> dict[str, Tensor]:
     return own_weights(after, quantized_modules(after), config)
 
 
+def input_scales(result: Path) -> dict[str, float]:
+    """Global scales of activations by module."""
+    ending = ".input_global_scale"
+    return {name.removesuffix(ending): float(t) for name, t in read(result).items() if name.endswith(ending)}
+
+
 def dense_copy(result: Path, folder: Path) -> Path:
     """The same as a checkpoint that is not quantized."""
     shutil.copytree(result, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
@@ -116,6 +124,22 @@ def dense_copy(result: Path, folder: Path) -> Path:
     tensors = {name: tensor.contiguous() for name, tensor in dense_weights(result).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+class Rounding:
+    """Hooks that round what enters linear layers as the formulas of NVFP4 have it; shares nothing with the package."""
+
+    def __init__(self, model: Any, scales: Mapping[str, float]) -> None:
+        self.met: set[str] = set()
+        for name, module in model.named_modules():
+            if name in scales:
+                module.register_forward_pre_hook(partial(self._round, name, scales[name]))
+
+    def _round(self, name: str, scale: float, _module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        self.met.add(name)
+        values, *rest = inputs
+        rounded = nvfp4_activations(values.double().numpy(), scale)
+        return torch.from_numpy(rounded).to(values.dtype), *rest
 
 
 def without_activations(result: Path, folder: Path) -> Path:
@@ -191,7 +215,7 @@ class Bench:
         request = {
             "checkpoint": str(checkpoint),
             "windows": self.windows,
-            "test_kernels": kernels == TEST_KERNELS,
+            "test_kernels": kernels != NATIVE,
         }
         done = subprocess.run(
             [VLLM_PYTHON, _PROGRAM],
@@ -206,8 +230,12 @@ class Bench:
         answer = json.loads(done.stdout.splitlines()[-1])
         return Heard(answer["log_probabilities"], answer["version"])
 
-    def in_transformers(self, checkpoint: Path) -> Tensor:
-        """Logits of `COMPARED_TOKENS`, computed in float32; weights are BF16, as most formats are given back."""
+    def in_transformers(self, checkpoint: Path, scales: Mapping[str, float] = MappingProxyType({})) -> Tensor:
+        """Logits of `COMPARED_TOKENS`, computed in float32; weights are BF16, as most formats are given back.
+
+        Args:
+            scales: global scales of the activations that are rounded to 4 bits, by module.
+        """
         import transformers
 
         torch.set_num_threads(THREADS)
@@ -217,8 +245,10 @@ class Bench:
         with torch.no_grad():
             model.eval()(input_ids=torch.tensor([[5, 6, 7, 8]]))  # compressed weights are given back when first needed
             torch.nn.Module.float(model)
+            rounding = Rounding(model, scales)
             logits: Tensor = model(input_ids=torch.tensor([self.windows[0][:COMPARED_TOKENS]])).logits[0]
         assert logits.isfinite().all()
+        assert rounding.met == set(scales)
         return logits
 
     def heard(self, logits: Tensor) -> Heard:

@@ -2,7 +2,9 @@
 
 Weights are decoded once, after vLLM has loaded and merged them, and activations stay as they are. So vLLM's own reading
 of the config, its matching of modules, its merging of q, k, v and gate, up, and the one global scale that it keeps of
-the merged members are what is put to the test. Imported inside vLLM's environment only, which has no shardmill.
+the merged members are what is put to the test. For NVFP4 with quantized activations vLLM has an emulation of its own,
+which it offers on accelerators only; here it runs on CPU. Imported inside vLLM's environment only, which has no
+shardmill.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from vllm.model_executor.kernels import linear
 from vllm.model_executor.kernels.linear.mxfp4.base import MxFp4LinearKernel
 from vllm.model_executor.kernels.linear.mxfp8.Mxfp8LinearKernel import Mxfp8LinearKernel
 from vllm.model_executor.kernels.linear.nvfp4.base import NvFp4LinearKernel, NvFp4LinearLayerConfig
+from vllm.model_executor.kernels.linear.nvfp4.emulation import EmulationNvFp4LinearKernel
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_w4a4_nvfp4 as nvfp4
 from vllm.platforms import PlatformEnum
 
@@ -83,9 +86,15 @@ class DecodingMxFp8(_Decoding, Mxfp8LinearKernel):
         return values * _spread(powers_of_two(layer.weight_scale.data), values)
 
 
+def nvfp4_kernel(*, use_a16: bool = False) -> NvFp4LinearKernel:
+    """What computes a layer in NVFP4: for W4A4 vLLM's own emulation, which rounds activations as its kernels do."""
+    kernel = DecodingNvFp4 if use_a16 else EmulationNvFp4LinearKernel
+    return kernel(NvFp4LinearLayerConfig())
+
+
 def install() -> None:
     """Make vLLM choose these kernels."""
-    linear._POSSIBLE_NVFP4_KERNELS[PlatformEnum.CPU] = [DecodingNvFp4]
+    linear._POSSIBLE_NVFP4_KERNELS[PlatformEnum.CPU] = [DecodingNvFp4, EmulationNvFp4LinearKernel]
     linear._POSSIBLE_MXFP4_KERNELS[PlatformEnum.CPU] = [DecodingMxFp4]
     linear._POSSIBLE_MXFP8_KERNELS[PlatformEnum.CPU] = [DecodingMxFp8]
-    nvfp4.init_nvfp4_linear_kernel = lambda **_: DecodingNvFp4(NvFp4LinearLayerConfig())
+    nvfp4.init_nvfp4_linear_kernel = nvfp4_kernel

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from consumers.bench import Bench, Heard, dense_copy, without_activations
+from consumers.bench import Bench, Heard, dense_copy, input_scales, without_activations
 from consumers.cases import CASES, FAR_OFF, MARGIN, UNSHARED, Case
 from zoo.battery import relative
 
@@ -20,6 +20,9 @@ LARGEST_DISTANCE: Final = 0.1
 """Between log-probabilities of vLLM, which computes in BF16, and those of the same weights elsewhere, in nats."""
 LARGEST_DISTANCE_ROUNDED: Final = 0.3
 """The same where vLLM rounds activations to 8 bits, too, which the other side does not."""
+
+LARGEST_DISTANCE_EMULATED: Final = 0.7
+"""The same where both sides round activations to 4 bits: a last bit of BF16 decides between codes far apart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +50,7 @@ class InVllm:
     whole: Heard
     """With the source."""
     reference: Heard | None
-    """With what llm-compressor makes of the source in the same format; None for sources that it does not read."""
+    """With what llm-compressor makes of the source in the same format; None for what it does not make."""
     distance: float
     """From the dense copy in transformers, in nats."""
 
@@ -68,6 +71,7 @@ class InVllm:
         if not self.ratio <= limit * MARGIN:
             found.append(f"{self.case.name}: {self.ratio} times the perplexity of the source, limit {limit}")
         largest = LARGEST_DISTANCE_ROUNDED if self.case.rounds_activations else LARGEST_DISTANCE
+        largest = LARGEST_DISTANCE_EMULATED if self.case.is_emulated else largest
         if not self.distance <= largest:
             found.append(f"{self.case.name}: {self.distance} nats from the same weights elsewhere")
         return found
@@ -102,7 +106,7 @@ class Judge:
 
     def reference(self, case: Case) -> Heard | None:
         """What vLLM says with llm-compressor's result."""
-        if case.is_awq or case is UNSHARED:
+        if case.is_awq or case.is_emulated or case is UNSHARED:
             return None
         return self._kept(
             f"{case.name}-reference", lambda: self.bench.in_vllm(self.bench.of_reference(case), case.kernels)
@@ -128,8 +132,22 @@ class Judge:
 
     def _dense(self, case: Case) -> Heard:
         with tempfile.TemporaryDirectory(dir=self.bench.home) as scratch:
-            copy = dense_copy(self.bench.result(case), Path(scratch) / "dense")
-            return self.bench.heard(self.bench.in_transformers(copy))
+            result = self.bench.result(case)
+            copy = dense_copy(result, Path(scratch) / "dense")
+            scales = input_scales(result) if case.is_emulated else {}
+            return self.bench.heard(self.bench.in_transformers(copy, scales))
+
+    def with_activations(self, case: Case) -> InTransformers:
+        """Compare what transformers makes of activations of 4 bits with what the formulas make of them."""
+        asked = self.few_layers.home / f"{case.name}-activations.json"
+        return InTransformers(case=case, difference=kept(asked, lambda: self._activations(case)))
+
+    def _activations(self, case: Case) -> float:
+        result = self.few_layers.result(case)
+        with tempfile.TemporaryDirectory(dir=self.few_layers.home) as scratch:
+            copy = dense_copy(result, Path(scratch) / "dense")
+            ours = self.few_layers.in_transformers(copy, input_scales(result))
+        return relative(self.few_layers.in_transformers(result), ours)
 
     def _kept(self, name: str, ask: Callable[[], Heard]) -> Heard:
         return Heard(**kept(self.bench.home / f"{name}.json", lambda: asdict(ask())))

@@ -23,6 +23,7 @@ from consumers.judging import (
     FEW_LAYERS,
     LARGEST_DIFFERENCE,
     LARGEST_DISTANCE,
+    LARGEST_DISTANCE_EMULATED,
     LARGEST_DISTANCE_ROUNDED,
     InTransformers,
     InVllm,
@@ -40,8 +41,9 @@ same limits. Versions: {versions}.
 ## vLLM on CPU
 
 vLLM's own loader reads the config, matches the modules and merges q, k, v and gate, up. Where it has no kernel for a
-format on CPU, a test-only kernel takes its place, which decodes the weights after all that (`test kernels`). Not
-measured: formats without a row, and quantized experts, for which vLLM has nothing on CPU.
+format on CPU, a test-only kernel takes its place, which decodes the weights after all that (`test kernels`);
+activations of 4 bits are rounded by vLLM's own emulation, which it offers on accelerators only. Not measured: formats
+without a row, and quantized experts, for which vLLM has nothing on CPU.
 
 - `perplexity`: of {tokens} tokens of English text. It is {whole:.2f} with the BF16 source, {awq:.2f} with the
   AWQ source decoded to BF16.
@@ -52,7 +54,9 @@ measured: formats without a row, and quantized experts, for which vLLM has nothi
   {margin:.0%}. llm-compressor does not read AWQ; codes that are kept may cost nothing.
 - `distance`: mean difference of log-probabilities, in nats, from those that transformers computes in float32 with a
   dense copy of the weights, which a reader that shares nothing with the package made; at most {distance}, or {rounded}
-  where vLLM rounds activations, too (FP8_DYNAMIC, W8A8). BF16 has {noise:.3f}, for vLLM computes in BF16.
+  where vLLM rounds activations, too (FP8_DYNAMIC, W8A8). BF16 has {noise:.3f}, for vLLM computes in BF16. With
+  activations of 4 bits the other side rounds them as well, by the formulas; then at most {emulated}, and `limit` is
+  what the format has on this text: [activations.md](activations.md) has calibrated scales beside assumed ones.
 """
 _TRANSFORMERS = """
 ## Dense models in transformers
@@ -117,6 +121,7 @@ def render(
         distance=LARGEST_DISTANCE,
         rounded=LARGEST_DISTANCE_ROUNDED,
         noise=noise,
+        emulated=LARGEST_DISTANCE_EMULATED,
     )
     control = rows[-1]
     told = (

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from asked import recipe_of
 from shardmill.core.checks import check_plan, divisors
 from shardmill.core.plan import Checkpoint, ShardPlan
 from shardmill.core.planner import build_plan
@@ -20,13 +21,13 @@ DIGESTS = {f"model-{n:05d}.safetensors": f"blake3:{n:02x}" for n in range(20)}
 
 def kinds(shards: list[dict[str, Any]], scheme: str = "FP8_DYNAMIC", config: Any = None, **recipe: Any) -> set[str]:
     return {
-        problem.kind for problem in check_plan(build_plan(checkpoint_of(shards, config), uniform(scheme, **recipe)))
+        problem.kind for problem in check_plan(build_plan(checkpoint_of(shards, config), recipe_of(scheme, **recipe)))
     }
 
 
 @given(splits(llama_table()), st.sampled_from(sorted(PRESETS)))
 def test_each_tensor_is_in_exactly_one_output_of_the_same_name(shards: list[dict[str, Any]], scheme: str) -> None:
-    plan = build_plan(checkpoint_of(shards), uniform(scheme))
+    plan = build_plan(checkpoint_of(shards), recipe_of(scheme))
     planned = [(shard.name, tensor.spec.name) for shard in plan.shards for tensor in shard.tensors]
     source = [(s.name, t.name) for s in checkpoint_of(shards).shards for t in s.header.tensors]
     assert planned == source
@@ -48,7 +49,7 @@ def test_decisions_do_not_depend_on_sharding(shards: list[dict[str, Any]]) -> No
 
 @given(splits(llama_table()), st.sampled_from(["FP8_DYNAMIC", "NVFP4A16", "W4A16_ASYM", "W3A16"]))
 def test_layout_has_no_holes_and_is_aligned(shards: list[dict[str, Any]], scheme: str) -> None:
-    for shard in build_plan(checkpoint_of(shards), uniform(scheme)).shards:
+    for shard in build_plan(checkpoint_of(shards), recipe_of(scheme)).shards:
         reached = 0
         for placed in shard.layout().placed:
             width = max(1, placed.spec.nbytes // max(1, math.prod(placed.spec.shape)))
@@ -108,7 +109,7 @@ def test_a_global_scale_makes_partners_in_other_shards_sources() -> None:
 def keys(
     shards: list[dict[str, Any]], digests: dict[str, str] = DIGESTS, scheme: str = "FP8_DYNAMIC", **more: Any
 ) -> list[str]:
-    return [shard.job_key(digests) for shard in build_plan(checkpoint_of(shards), uniform(scheme, **more)).shards]
+    return [shard.job_key(digests) for shard in build_plan(checkpoint_of(shards), recipe_of(scheme, **more)).shards]
 
 
 TABLE = llama_table(layers=3)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from asked import recipe_of
 from shardmill.core.recipe import Recipe, parse_recipe, recipe_to_json, uniform
 from shardmill.core.scheme import PRESETS, preset
 from shardmill.errors import RecipeInvalid
@@ -13,7 +14,7 @@ from shardmill.errors import RecipeInvalid
 
 @given(st.sampled_from(sorted(PRESETS)), st.lists(st.sampled_from(["lm_head", "re:.*mlp", "a.b"])), st.booleans())
 def test_a_recipe_survives_json(scheme: str, ignore: list[str], default_ignores: bool) -> None:  # noqa: FBT001
-    recipe = uniform(scheme, ignore, default_ignores=default_ignores)
+    recipe = recipe_of(scheme, ignore=ignore, default_ignores=default_ignores)
     assert parse_recipe(recipe_to_json(recipe)) == recipe
 
 

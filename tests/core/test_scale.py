@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asked import recipe_of
 from shardmill.core import folding
 from shardmill.core.checks import check_plan, check_shard, source_names
 from shardmill.core.digest import digest_json
@@ -145,7 +146,7 @@ def assert_sizes(shard: ShardPlan) -> None:
 
 @given(splits(llama_table()), st.sampled_from(sorted(PRESETS)))
 def test_sizes_and_keys_of_a_sound_plan(shards: list[dict[str, Any]], scheme: str) -> None:
-    for shard in build_plan(checkpoint_of(shards), uniform(scheme)).shards:
+    for shard in build_plan(checkpoint_of(shards), recipe_of(scheme)).shards:
         assert_sizes(shard)
         digests = dict.fromkeys(shard.sources, "blake3:00")
         assert shard.job_key(digests) == digest_json(shard.job() | {"sources": list(digests.values())})

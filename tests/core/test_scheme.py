@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from shardmill.core.input_scale import parse_input_scale
 from shardmill.core.scheme import (
     PRESETS,
     REFUSED_PRESETS,
@@ -100,7 +101,7 @@ def test_range_of_codes(args: WeightArgs, low: float, high: float, half: float) 
 def test_kinds_of_scales() -> None:
     kinds = {name: (scheme.weights.is_mx, scheme.weights.has_global_scale) for name, scheme in PRESETS.items()}
     assert {name for name, (is_mx, _) in kinds.items() if is_mx} == {"MXFP4", "MXFP4A16", "MXFP8", "MXFP8A16"}
-    assert {name for name, (_, has_global_scale) in kinds.items() if has_global_scale} == {"NVFP4A16"}
+    assert {name for name, (_, has_global_scale) in kinds.items() if has_global_scale} == {"NVFP4A16", "NVFP4"}
 
 
 @pytest.mark.parametrize(
@@ -237,7 +238,7 @@ def test_activations_are_described_and_never_computed() -> None:
         ("token", "input_activations must be a mapping of arguments, found str"),
         ({}, "static activations need calibration data"),
         ({"dynamic": False}, "static activations need calibration data"),
-        ({"dynamic": "local"}, "static activations need calibration data"),
+        ({"dynamic": "local"}, "`dynamic: local` goes with strategy `tensor_group`"),
         ({"dynamic": True, "colour": 1}, "input_activations has unknown fields"),
         ({"dynamic": True, "group_size": "128"}, "group_size of input_activations must be an integer"),
     ],
@@ -273,3 +274,37 @@ def test_another_group_size_is_no_preset_any_more() -> None:
 def test_group_sizes_that_a_format_fixes_are_not_changed(name: str) -> None:
     with pytest.raises(RecipeInvalid):
         with_group_size(preset(name), 64)
+
+
+LOCAL = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "scale_dtype": "float8_e4m3fn"}
+
+
+def test_local_activations_are_those_of_nvfp4() -> None:
+    assert parse_activation_args(LOCAL | {"dynamic": "local"}) == preset("NVFP4").input_activations
+    assert preset("NVFP4").weights == preset("NVFP4A16").weights
+    assert [name for name, scheme in PRESETS.items() if scheme.needs_input_scale] == ["NVFP4"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dynamic": True}, "`dynamic: local` goes with strategy `tensor_group`"),
+        ({"dynamic": "local", "strategy": "group"}, "`dynamic: local` goes with strategy `tensor_group`"),
+        ({"dynamic": "global"}, "static activations need calibration data"),
+        ({"dynamic": 1}, "static activations need calibration data"),
+        ({"dynamic": "local", "group_size": 32}, "are NVFP4"),
+        ({"dynamic": "local", "scale_dtype": None}, "are NVFP4"),
+    ],
+)
+def test_local_activations_of_another_layout_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeInvalid) as caught:
+        parse_activation_args(LOCAL | changes)
+    assert message in message_of(caught)
+
+
+def test_local_activations_go_with_nvfp4_weights_and_input_scales_with_them() -> None:
+    local = preset("NVFP4").input_activations
+    with pytest.raises(RecipeInvalid, match="go with NVFP4 weights"):
+        Scheme(weights=WeightArgs(), input_activations=local)
+    with pytest.raises(RecipeInvalid, match="does not go with scheme `FP8_DYNAMIC`"):
+        replace(preset("FP8_DYNAMIC"), input_scale=parse_input_scale("constant:1"))

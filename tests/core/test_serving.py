@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 import pytest
 
+from shardmill.core.input_scale import parse_input_scale
 from shardmill.core.planner import build_plan
 from shardmill.core.recipe import parse_recipe
 from shardmill.core.scheme import Scheme, preset, with_group_size
@@ -44,7 +46,11 @@ def experts(
     ]
 
 
+W4A4 = [replace(preset("NVFP4"), input_scale=parse_input_scale(f"constant:{amax}")) for amax in (6, 7)]
 CASES: list[tuple[str, list[Served], Setting]] = [
+    ("merged-one-scheme", [*qkv(128, 128, NVFP4)[:2], Served("m.v_proj", 128, 128, W4A4[0])], Setting()),
+    ("merged-input-scale", [*qkv(128, 128, W4A4[0])[:2], Served("m.v_proj", 128, 128, W4A4[1])], Setting()),
+    ("experts-one-scheme", [*experts(128, W4A4[0])[:-1], Served("m.experts.1.down_proj", 256, 128, NVFP4)], Setting()),
     ("merged-one-scheme", [*qkv(128, 128)[:2], Served("m.v_proj", 128, 128, FP8)], Setting()),
     ("merged-one-scheme", [*qkv(128, 128)[:2], Served("m.v_proj", 128, 128, None)], Setting()),
     ("experts-one-scheme", [*experts(128)[:-1], Served("m.experts.1.down_proj", 256, 128, NVFP4)], Setting()),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from asked import asked
 from manifests import manifest_of
 from shardmill.core import assemble
 from shardmill.core.digest import Digest
@@ -52,7 +53,7 @@ def plan_of(recipe: Any = None, shards: int = 2, table: dict[str, Any] | None = 
 
 @pytest.mark.parametrize("scheme", sorted(PRESETS))
 def test_totals_add_up_to_the_bytes_of_the_output_shards(scheme: str) -> None:
-    plan = plan_of({"scheme": scheme})
+    plan = plan_of(asked(scheme))
     found = assemble.totals(plan)
     layouts = [shard.layout() for shard in plan.shards]
     data = sum(layout.data_bytes for layout in layouts)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from asked import asked
 from manifests import manifest_of
 from shardmill.core import assemble
 from shardmill.core.header import ShardHeader, TensorSpec
@@ -71,7 +72,7 @@ def kinds(problems: list[Problem]) -> set[str]:
 
 @pytest.mark.parametrize("scheme", sorted(PRESETS))
 def test_what_is_planned_passes(scheme: str) -> None:
-    config, tensors, stored, _ = written(plan_of({"scheme": scheme}))
+    config, tensors, stored, _ = written(plan_of(asked(scheme)))
     found = parse_written_config(config)
     modules = quantized_modules(tensors)
     assert found.problems == ()

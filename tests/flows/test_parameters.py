@@ -10,10 +10,10 @@ from pydantic import ValidationError
 
 from served import Ask
 from shardmill.core.limits import NAMES, Intake, Limits
-from shardmill.core.recipe import parse_recipe
+from shardmill.core.recipe import parse_recipe, uniform
 from shardmill.core.scheme import PRESETS
 from shardmill.errors import RecipeInvalid
-from shardmill.flows.parameters import LimitName, QuantizeRequest
+from shardmill.flows.parameters import BatchRequest, LimitName, QuantizeRequest
 from shardmill.flows.quantize_checkpoint import quantize_checkpoint
 
 SCHEMA = quantize_checkpoint.parameters.model_dump_for_openapi()
@@ -45,6 +45,13 @@ REFUSED: list[tuple[str, Any]] = [
     ("destination", "https://token@host/m"),
     ("store", "s3://name:word@bucket/m"),
     ("recipe", ["W4A16"]),
+    ("input_scale", "6"),
+    ("input_scale", "constant:six"),
+    ("input_scale", "constant:-1"),
+    ("input_scale", "constant:6\n"),
+    ("input_scale", "donor:relative/path"),
+    ("input_scale", "donor:/models/\n"),
+    ("input_scale", "donor:s3://name:word@bucket/m"),
     ("budget", "4.5"),
     ("budget", "4.5bpw\n"),
     ("schema", "W4A16"),
@@ -62,6 +69,9 @@ ACCEPTED: list[dict[str, Any]] = [
     {"budget": "4.5bpw-quantized", "candidates": ["W4A16:64", "W8A16"]},
     {"expert_layout": "rows", "indivisible": "copy", "partial_fused": True, "default_ignores": False},
     {"recipe": {"groups": [{"scheme": "FP8_DYNAMIC"}]}},
+    {"scheme": "NVFP4", "input_scale": "constant:1e3"},
+    {"scheme": "NVFP4", "input_scale": "donor:s3://bucket/calibrated"},
+    {"recipe": {"scheme": "NVFP4", "input_scale": "constant:6"}},
 ]
 
 
@@ -91,6 +101,21 @@ def test_the_flow_refuses_a_bad_value_by_name(field: str, value: Any) -> None:
 def test_a_good_request_passes_both(request_: dict[str, Any]) -> None:
     assert server_accepts(MINIMAL | request_)
     assert QuantizeRequest.model_validate(MINIMAL | request_)
+
+
+@pytest.mark.parametrize("choices", [{"scheme": "NVFP4"}, {"scheme": "W4A16", "input_scale": "constant:6"}])
+def test_a_policy_of_input_scales_goes_with_the_one_scheme_that_needs_it(choices: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="input_scale goes with the scheme NVFP4"):
+        QuantizeRequest.model_validate(MINIMAL | choices)
+
+
+def test_a_recipe_replaces_the_policy_and_another_scheme_of_a_checkpoint_drops_it() -> None:
+    with pytest.raises(ValidationError, match="a recipe replaces input_scale"):
+        QuantizeRequest.model_validate(MINIMAL | {"recipe": {"scheme": "W4A16"}, "input_scale": "constant:6"})
+    asked = {"sources": ["/m"], "destination": "/out/{name}", "scheme": "NVFP4", "input_scale": "constant:6"}
+    batch = BatchRequest.model_validate(asked)
+    assert batch.request_for("/m", "/out/m", {}).to_recipe() == uniform("NVFP4", input_scale="constant:6")
+    assert batch.request_for("/m", "/out/m", {"scheme": "W4A16"}).to_recipe() == uniform("W4A16")
 
 
 @pytest.mark.parametrize("field", ["source", "destination"])

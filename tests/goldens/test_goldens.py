@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import checkpoints
+from asked import recipe_of
 from shardmill.core.digest import STAGE_VERSIONS
-from shardmill.core.recipe import uniform
 from shardmill.core.scheme import PRESETS
 from shardmill.stages.pipeline import RunOptions, run
 from shardmill.stages.plan import Locations
@@ -48,7 +48,7 @@ CONFIG = checkpoints.LLAMA | {"model_type": "qwen3_moe", "hidden_size": 128, "mo
 def convert(tmp_path: Path, name: str, scheme: str) -> dict[str, Any]:
     source = checkpoints.write(tmp_path / "src", CHECKPOINTS[name](), CONFIG)
     locations = Locations(source=str(source), destination=str(tmp_path / scheme))
-    result = run(locations, uniform(scheme), RunOptions(device="cpu", workers=1))
+    result = run(locations, recipe_of(scheme), RunOptions(device="cpu", workers=1))
     return {o.shard: [o.receipt.key, str(o.receipt.blob.whole)] for o in result.outcomes}
 
 

@@ -28,6 +28,22 @@ def e4m3(octets: Array) -> Floats:
     return np.where((code & 0x7F) == 0x7F, np.nan, value)
 
 
+def nearest(grid: Floats, values: Floats) -> Floats:
+    """The nearest number of an ascending grid, of two the one at an even place; both ends hold what is beyond."""
+    above = np.clip(np.searchsorted(grid, values), 1, len(grid) - 1)
+    low, high = values - grid[above - 1], grid[above] - values
+    found: Floats = grid[np.where((high < low) | ((high == low) & (above % 2 == 0)), above, above - 1)]
+    return found
+
+
+def nvfp4_activations(values: Floats, scale: float) -> Floats:
+    """Activations as an engine with 4 bits has them: local scales of 16 in E4M3, below a global one, and E2M1."""
+    groups = values.reshape(-1, 16)
+    local = nearest(e4m3(np.arange(127)), scale * np.abs(groups).max(1, keepdims=True) / 6) / scale
+    wanted = np.divide(np.abs(groups), local, out=np.zeros_like(groups), where=local > 0)
+    return np.reshape(np.sign(groups) * nearest(E2M1[:8], wanted) * local, values.shape)
+
+
 def e8m0(octets: Array) -> Floats:
     """A power of two with bias 127; 255 is NaN."""
     return np.where(octets == 255, np.nan, 2.0 ** (octets.astype(np.float64) - 127))

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import checkpoints
+from asked import recipe_of
 from blocks import row_blocks
 from kernels.oracle import expected
 from shardmill.cli import main
@@ -50,8 +51,10 @@ def result_of(tmp_path: Path, tensors: dict[str, Tensor], recipe: Recipe, shards
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_written_shard_holds_the_oracles_bytes(tmp_path: Path, scheme: str, dtype: torch.dtype) -> None:
     weight = checkpoints.gaussian(1, 96, 256, dtype=dtype)
-    found = result_of(tmp_path, {"m.o_proj.weight": weight, "m.bias": weight[0].clone()}, uniform(scheme))
+    found = result_of(tmp_path, {"m.o_proj.weight": weight, "m.bias": weight[0].clone()}, recipe_of(scheme))
     wanted = {f"m.o_proj.{name}": tensor for name, tensor in expected(PRESETS[scheme], weight).items()}
+    if PRESETS[scheme].needs_input_scale:
+        wanted["m.o_proj.input_global_scale"] = torch.tensor([448.0])
     assert checkpoints.as_bytes(found) == checkpoints.as_bytes(wanted | {"m.bias": weight[0].clone()})
 
 

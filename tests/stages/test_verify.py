@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import checkpoints
+from asked import asked
 from shardmill.core.recipe import parse_recipe
 from shardmill.core.scheme import PRESETS
 from shardmill.errors import CheckpointInvalid, Problem, Refused
@@ -99,7 +100,7 @@ def forget_manifest(root: Path) -> None:
 
 @pytest.mark.parametrize("scheme", sorted(PRESETS))
 def test_every_preset_passes_alone_and_against_its_source(home: Path, tmp_path: Path, scheme: str) -> None:
-    destination = convert(home / "source", tmp_path / "result", {"scheme": scheme})
+    destination = convert(home / "source", tmp_path / "result", asked(scheme))
     rows, problems = verify_against(str(destination), str(home / "source"))
     assert verify(str(destination)) == []
     assert problems == []

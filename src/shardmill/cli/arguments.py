@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -64,6 +64,7 @@ class Options:
     search: str | None = None
     search_norm: float | None = None
     importance: str | None = None
+    input_scale: str | None = None
     verify: str = "fast"
     dry_run: bool = False
     against: str | None = None
@@ -226,6 +227,13 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         " input features are multiplied, such as their mean squares in a calibration run",
     )
     group.add_argument(
+        "--input-scale",
+        metavar="POLICY",
+        help="for NVFP4, which stores a global scale of activations, too: constant:V assumes that none exceeds V, a"
+        " proxy for calibration that clips what does; donor:LOCATION takes the scales of a calibrated NVFP4"
+        " checkpoint of the same architecture (compressed-tensors or ModelOpt; a path, s3:// or hf://)",
+    )
+    group.add_argument(
         "--no-default-ignores",
         dest="default_ignores",
         action="store_false",
@@ -358,19 +366,23 @@ def read_recipe(options: Options) -> Recipe:
         RecipeInvalid: unknown scheme, unreadable file, options that do not go together.
     """
     if options.budget is not None:
+        if options.input_scale is not None:
+            raise _invalid("--input-scale does not go with --budget: no candidate quantizes to NVFP4")
         return read_wish(options, options.budget).base
     for option, value in (("--candidates", options.candidates), ("--write-recipe", options.write_recipe)):
         if value is not None:
             raise _invalid(f"{option} goes with --budget")
     if options.dequantize:
-        recipe = parse_recipe({"dequantize": True} | ({"group_size": options.group_size} if options.group_size else {}))
+        asked: Any = {"dequantize": True} | ({"group_size": options.group_size} if options.group_size else {})
     elif options.recipe is None:
-        recipe = parse_recipe({"scheme": options.scheme or DEFAULT_SCHEME, "group_size": options.group_size})
+        asked = {"scheme": options.scheme or DEFAULT_SCHEME, "group_size": options.group_size}
     elif options.group_size is not None:
         raise _invalid("--group-size does not go with --recipe", "set group_size in the file")
     else:
-        recipe = parse_recipe(_read_recipe_file(Path(options.recipe)))
-    return _completed(recipe, options)
+        asked = _read_recipe_file(Path(options.recipe))
+    if options.input_scale is not None and isinstance(asked, Mapping):
+        asked = {**asked, "input_scale": options.input_scale}
+    return _completed(parse_recipe(asked), options)
 
 
 def read_wish(options: Options, budget: str) -> Wish:

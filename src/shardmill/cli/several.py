@@ -13,6 +13,7 @@ from shardmill.cli.documents import asked_for
 from shardmill.cli.failures import DONE, FAILED, REFUSED, SCHEMA, describe, problem_lines
 from shardmill.cli.planning import document_of, told_of
 from shardmill.cli.running import read_request, settings, show_result, stop_on_interrupt, watcher, write_result
+from shardmill.core.scheme import PRESETS
 from shardmill.errors import Interrupted, Problem, RecipeInvalid, Refused, show
 
 if TYPE_CHECKING:
@@ -112,7 +113,14 @@ def _options_of(options: Options, scheme: str) -> Options:
         destination = f"{destination.rstrip('/')}/{_PLACE}"
     files = {option: location.replace(_PLACE, name) for option, location in asked_for(options).items()}
     changes: dict[str, Any] = {"scheme": scheme, "destination": destination.replace(_PLACE, name), **files}
+    if not _takes_input_scale(scheme):
+        changes["input_scale"] = None
     return replace(options, **changes)
+
+
+def _takes_input_scale(scheme: str) -> bool:
+    known = PRESETS.get(scheme.upper())
+    return known is not None and known.needs_input_scale
 
 
 def _check(options: Options) -> None:
@@ -129,6 +137,8 @@ def _check(options: Options) -> None:
         for location in asked_for(options).values()
         if _PLACE not in location
     ]  # fmt: skip
+    if options.input_scale is not None and not any(map(_takes_input_scale, options.schemes)):
+        problems.append(Problem(kind="input-scale", message="--input-scale goes with --scheme NVFP4"))
     if problems:
         raise RecipeInvalid(problems)
 

@@ -92,6 +92,9 @@ def parse_candidates(names: Iterable[str], group_size: int | None = None) -> tup
             if colon and not (size.isascii() and size.isdigit() and int(size[:9]) > 0):
                 raise _invalid("candidate", f"expected a group size behind the colon of {show(entry)}")
             scheme = parse_scheme(name)
+            if scheme.needs_input_scale:
+                message = f"candidate {show(name)} quantizes activations, and only errors of weights are measured"
+                raise _invalid("candidate", message, "take NVFP4A16, whose weights are the same")
             wanted = int(size) if colon else group_size if takes_group_size(scheme) else None
             found.append(with_group_size(scheme, wanted) if wanted else scheme)
         except RecipeInvalid as error:

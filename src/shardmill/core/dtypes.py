@@ -35,6 +35,12 @@ CODES = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F8_E4M3", "F8_E4M3FNU
 """Dtypes in which already quantized weights are stored."""
 
 
+E4M3_MAX = 448.0
+"""Largest number of F8_E4M3."""
+E2M1_MAX = 6.0
+"""Largest number of F4."""
+
+
 def size_in_bytes(dtype: str, shape: tuple[int, ...]) -> int | None:
     """Bytes that `shape` elements of `dtype` take, or None when they do not fill whole bytes.
 

@@ -25,6 +25,7 @@ from shardmill.core.header import (
     encode_header,
     encoded_length,
 )
+from shardmill.core.input_scale import PARAM as INPUT_SCALE
 from shardmill.core.scheme import Scheme, WeightArgs
 
 WORD_BITS: Final = 32
@@ -136,6 +137,7 @@ GENERATED_PARAMS: Final = (
     "weight_zero_point",
     "weight_global_scale",
     "weight_shape",
+    INPUT_SCALE,
 )
 """Params that replace a weight, beside `weight` itself."""
 
@@ -166,6 +168,8 @@ def _params(scheme: Scheme, rows: int, cols: int, source_dtype: str) -> tuple[tu
         found.append(("weight_zero_point", "I32" if in_words else "I8", shape))
     if args.has_global_scale:
         found.append(("weight_global_scale", "F32", (1,)))
+    if scheme.needs_input_scale:
+        found.append((INPUT_SCALE, "F32", (1,)))
     if packed:
         found.append(("weight_shape", "I64", (2,)))
     return tuple(found)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from json.encoder import encode_basestring_ascii
@@ -19,6 +19,7 @@ from shardmill.core.encoding import Decode, TensorRef
 from shardmill.core.experts import HALVES, parse_stack
 from shardmill.core.header import ShardHeader, TensorSpec, text_bytes
 from shardmill.core.index import CheckpointIndex
+from shardmill.core.input_scale import DONOR
 from shardmill.core.layout import (
     OutputSpec,
     Pattern,
@@ -124,6 +125,8 @@ class ShardPlan:
     tensors: tuple[TensorPlan, ...]
     schemes: tuple[Scheme, ...] = field(repr=False)
     """Of the recipe's groups, in order."""
+    input_scales: tuple[tuple[str, float], ...] = field(default=(), repr=False)
+    """Global scale of activations by module, sorted, where a donor tells it."""
     _keys: dict[tuple[str, ...], str] = field(default_factory=dict, init=False, compare=False, repr=False)
     """Job keys by the digests they were asked for with: a run asks several times."""
 
@@ -135,6 +138,17 @@ class ShardPlan:
     def units_of(self, tensor: TensorPlan) -> Iterator[Unit]:
         """Derive the output weights of one of its tensors."""
         return units_of(tensor, self.schemes)
+
+    def input_scale_finder(self) -> Callable[[Unit], float]:
+        """What tells the global scale of the activations of an output weight."""
+        known = dict(self.input_scales)
+
+        def find(unit: Unit) -> float:
+            policy = unit.scheme.input_scale if unit.scheme else None
+            constant = policy.constant if policy else None
+            return known[unit.module] if constant is None else constant
+
+        return find
 
     def layout(self) -> ShardLayout:
         """Derive the exact bytes of the output shard, data excepted."""
@@ -200,7 +214,8 @@ class ShardPlan:
             for tensor in self.tensors
         ]
         sets = [[ref.spec.name for ref in fused] for fused in dict.fromkeys(tensor.fused for tensor in self.tensors)]
-        return digest_json([STAGE_VERSIONS["quantize"], self._schemes_json(), decisions, sets])
+        told = [STAGE_VERSIONS["quantize"], self._schemes_json(), decisions, sets]
+        return digest_json([*told, self.input_scales] if self.input_scales else told)
 
     def job_key(self, digests: Mapping[str, str]) -> str:
         """Name the work by content: SHA-256 over the job and the digests of the shards it reads.
@@ -224,6 +239,7 @@ class ShardPlan:
             "version": STAGE_VERSIONS["quantize"],
             "tensors": tensors,
             "header": self._header_digest(),
+            **({"input_scales": self.input_scales} if self.input_scales else {}),
         }
 
     def _header_digest(self) -> str:
@@ -254,7 +270,10 @@ class ShardPlan:
 
     def _schemes_json(self) -> list[dict[str, Any]]:
         return [
-            weight_args_to_json(scheme.weights) | {"format": scheme.format} | search_to_json(scheme)
+            weight_args_to_json(scheme.weights)
+            | {"format": scheme.format}
+            | search_to_json(scheme)
+            | ({"input_scale": scheme.input_scale.to_key()} if scheme.input_scale else {})
             for scheme in self.schemes
         ]
 
@@ -373,10 +392,12 @@ def made_of(source_state: str, recipe: Recipe, *, allow_code: bool = False) -> s
     """Name what a result is made of, without reading anything: the state of a listing and a recipe.
 
     Unlike a plan it says nothing of content, and nothing of the release that computes; empty where the state is, and
-    where a file of importance is to be read first.
+    where a file of importance or a donor of scales is to be read first.
     """
-    searches = [group.scheme.search for group in recipe.groups]
-    if any(search is not None and search.importance_file and not search.importance for search in searches):
+    schemes = [group.scheme for group in recipe.groups]
+    if any(s.search is not None and s.search.importance_file and not s.search.importance for s in schemes):
+        return ""
+    if any(s.input_scale is not None and s.input_scale.kind == DONOR and not s.input_scale.digest for s in schemes):
         return ""
     request = [recipe_to_json(recipe), *(["code"] if allow_code else [])]
     return digest_json([source_state, *request]) if source_state else ""

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from shardmill.core.architectures import NO_OVERRIDES, Overrides
 from shardmill.core.fused import TABLE, FusedTable
+from shardmill.core.input_scale import SPELLINGS, parse_input_scale
 from shardmill.core.matching import PatternSet
 from shardmill.core.roles import ROLES
 from shardmill.core.scheme import Scheme, Search, parse_scheme, parse_search, scheme_to_json, with_group_size
@@ -73,6 +74,10 @@ class Recipe:
         known = [role.name for role in ROLES]
         if unknown := [name for name in self.architecture.roles_off if name not in known]:
             raise _invalid(f"there is no role {show(unknown[0])}", f"known: {', '.join(known)}")
+        for scheme in (group.scheme for group in self.groups):
+            if scheme.needs_input_scale and scheme.input_scale is None:
+                message = f"scheme {show(scheme.label)} stores a global scale of activations, which weights do not tell"
+                raise _invalid(message, f"set input_scale to {SPELLINGS}, or take NVFP4A16")
         for patterns in (self.ignore, self.architecture.roles_add, *(group.targets for group in self.groups)):
             PatternSet(patterns)
 
@@ -108,9 +113,21 @@ def dequantizing() -> Recipe:
     return Recipe(groups=(), dequantize=True)
 
 
-def uniform(scheme: str | Mapping[str, Any] | Scheme, ignore: str | Sequence[str] = (), **options: Any) -> Recipe:
-    """Build a recipe with one scheme for every quantizable weight."""
+def uniform(
+    scheme: str | Mapping[str, Any] | Scheme,
+    ignore: str | Sequence[str] = (),
+    *,
+    input_scale: str | None = None,
+    **options: Any,
+) -> Recipe:
+    """Build a recipe with one scheme for every quantizable weight.
+
+    Args:
+        input_scale: where the global scale of activations comes from, for NVFP4; see `core.input_scale`.
+    """
     parsed = scheme if isinstance(scheme, Scheme) else parse_scheme(scheme)
+    if input_scale is not None:
+        parsed = replace(parsed, input_scale=parse_input_scale(input_scale))
     return Recipe(groups=(Group(scheme=parsed),), ignore=_patterns(ignore, "ignore"), **options)
 
 
@@ -139,6 +156,7 @@ _FIELDS: Final = frozenset(
         "architecture",
         "kv_cache",
         "search",
+        "input_scale",
         "dequantize",
     }
 )
@@ -181,8 +199,11 @@ def parse_recipe(data: Any) -> Recipe:
     for name in ("default_ignores", "partial_fused", "allow_nonfinite", "kv_cache", "dequantize"):
         if not isinstance(options.get(name, True), bool):
             raise _invalid(f"{name} must be true or false, found {options[name]!r}")
+    groups = tuple(_parse_group(entry, data.get("search"), data.get("input_scale")) for entry in entries)
+    if data.get("input_scale") is not None and not any(group.scheme.needs_input_scale for group in groups):
+        raise _invalid("input_scale goes with NVFP4, and no group has that scheme", "leave it out")
     return Recipe(
-        groups=tuple(_parse_group(entry, data.get("search")) for entry in entries),
+        groups=groups,
         ignore=_patterns(data.get("ignore") or (), "ignore"),
         architecture=_parse_overrides(data.get("architecture") or {}),
         **options,
@@ -214,6 +235,7 @@ def _parse_rows(data: Mapping[str, Any], name: str, least: int) -> tuple[tuple[s
     return rows
 
 
+_GROUP_FIELDS: Final = ("scheme", "targets", "group_size", "search", "input_scale")
 _UNIFORM: Final = ("scheme", "group_size", "targets")
 
 
@@ -227,20 +249,23 @@ def _entries(data: Mapping[Any, Any]) -> Any:
     return data["groups"] if "groups" in data else [{k: data[k] for k in _UNIFORM if k in data}]
 
 
-def _parse_group(entry: Any, search: Any) -> Group:
+def _parse_group(entry: Any, search: Any, input_scale: Any) -> Group:
     if not isinstance(entry, Mapping) or "scheme" not in entry:
         raise _invalid("each group is a mapping with `scheme` and `targets`")
-    unknown = sorted(set(map(str, entry)) - {"scheme", "targets", "group_size", "search"})
+    unknown = sorted(set(map(str, entry)) - set(_GROUP_FIELDS))
     if unknown:
-        raise _invalid(
-            f"a group has unknown fields: {', '.join(map(show, unknown))}", "known: scheme, targets, group_size, search"
-        )
+        known = f"known: {', '.join(_GROUP_FIELDS)}"
+        raise _invalid(f"a group has unknown fields: {', '.join(map(show, unknown))}", known)
     scheme = parse_scheme(entry["scheme"])
     if entry.get("group_size") is not None:
         scheme = with_group_size(scheme, entry["group_size"])
     search = entry.get("search", search)
     if search is not None:
         scheme = replace(scheme, search=parse_search(search))
+    if entry.get("input_scale") is not None:
+        scheme = replace(scheme, input_scale=parse_input_scale(entry["input_scale"]))
+    elif input_scale is not None and scheme.needs_input_scale and scheme.input_scale is None:
+        scheme = replace(scheme, input_scale=parse_input_scale(input_scale))
     return Group(scheme=scheme, targets=_patterns(entry.get("targets") or ("Linear",), "targets"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from shardmill.core.input_scale import CONSTANT, DONOR
 from shardmill.core.recipe import Recipe
 from shardmill.core.scheme import PRESETS, Scheme, with_group_size
 from shardmill.core.shell import command_line
@@ -32,13 +33,21 @@ def _flags(recipe: Recipe) -> tuple[str, ...]:
 
 def _scheme_flags(scheme: Scheme) -> tuple[str, ...]:
     if scheme.preset:
-        return ("--scheme", scheme.preset)
+        return ("--scheme", scheme.preset, *_input_scale_flags(scheme))
     size = scheme.weights.group_size
     for name, known in PRESETS.items() if size else ():
         args = known.weights
         if args.strategy == "group" and not args.is_mx and with_group_size(known, size or 0) == scheme:
             return ("--scheme", name, "--group-size", str(size))
     return ()
+
+
+def _input_scale_flags(scheme: Scheme) -> tuple[str, ...]:
+    """Where input scales come from; the place of a donor is told by no manifest."""
+    policy = scheme.input_scale
+    if policy is None:
+        return ()
+    return ("--input-scale", f"{CONSTANT}:{policy.amax!r}" if policy.kind == CONSTANT else f"{DONOR}:DONOR")
 
 
 def _choices(recipe: Recipe) -> Iterator[str]:

@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+from shardmill.core.dtypes import E2M1_MAX, E4M3_MAX
+from shardmill.core.input_scale import InputScale, parse_input_scale
 from shardmill.errors import Problem, RecipeInvalid, show
 
+LOCAL: Final = "local"
+"""`dynamic` of activations whose local scales alone are dynamic."""
 STRATEGIES: Final = ("tensor", "channel", "group", "block", "tensor_group")
 MINMAX_OBSERVERS: Final = frozenset({"minmax", "static_minmax", "memoryless_minmax"})
-E4M3_MAX: Final = 448.0
-E2M1_MAX: Final = 6.0
 SEARCHES: Final = ("none", "mse")
 """How scales are chosen: from the extremes alone, or by the error that they leave."""
 NORMS: Final = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
@@ -125,6 +127,16 @@ class ActivationArgs:
     group_size: int | None = None
     scale_dtype: str | None = None
 
+    @property
+    def is_local(self) -> bool:
+        """Whether only local scales are dynamic, below a global one that is stored: `dynamic: local`, NVFP4."""
+        return self.strategy == "tensor_group"
+
+    def __post_init__(self) -> None:
+        layout = (self.num_bits, self.type, self.symmetric, self.group_size, self.scale_dtype)
+        if self.is_local and layout != (4, "float", True, 16, "float8_e4m3fn"):
+            raise _invalid("activations with strategy `tensor_group` are NVFP4: 4-bit float, 16, float8_e4m3fn")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Search:
@@ -192,8 +204,19 @@ class Scheme:
     """Name under which the user knows it, when it is an unchanged preset."""
     search: Search | None = None
     """How scales are chosen; None: from the extremes alone."""
+    input_scale: InputScale | None = None
+    """Where the global scale of activations comes from; a recipe must say so where `needs_input_scale`."""
+
+    @property
+    def needs_input_scale(self) -> bool:
+        """Whether a global scale of activations is stored with every weight, which weights do not tell."""
+        return self.input_activations is not None and self.input_activations.is_local
 
     def __post_init__(self) -> None:
+        if self.needs_input_scale and not self.weights.has_global_scale:
+            raise _invalid("activations with strategy `tensor_group` go with NVFP4 weights", "take the preset NVFP4")
+        if self.input_scale is not None and not self.needs_input_scale:
+            raise _invalid(f"input_scale does not go with scheme {show(self.label)}", "it goes with NVFP4")
         if self.search is not None and self.weights.strategy == "tensor":
             raise _invalid(
                 "search `mse` does not fit strategy `tensor`: one scale for a whole weight is chosen before it is read",
@@ -245,6 +268,9 @@ _FP8_CHANNEL = WeightArgs(type="float")
 _FP8_BLOCKS = WeightArgs(type="float", strategy="block", block_structure=(128, 128))
 _FP8_GROUPS = ActivationArgs(type="float", strategy="group", group_size=128)
 _NVFP4 = WeightArgs(num_bits=4, type="float", strategy="tensor_group", group_size=16, scale_dtype="float8_e4m3fn")
+_NVFP4_ACTIVATIONS = ActivationArgs(
+    num_bits=4, type="float", strategy="tensor_group", group_size=16, scale_dtype="float8_e4m3fn"
+)
 _MXFP4 = WeightArgs(num_bits=4, type="float", strategy="group", group_size=32, scale_dtype="uint8")
 _MXFP8 = replace(_MXFP4, num_bits=8)
 _MX_ACTIVATIONS = ActivationArgs(num_bits=4, type="float", strategy="group", group_size=32, scale_dtype="uint8")
@@ -260,17 +286,17 @@ _PRESETS: dict[str, Scheme] = {
     **{f"W{bits}A4": _int_group(bits, _TOKEN_INT4) for bits in range(2, 5)},
     "W4AFP8": _int_group(4, _TOKEN_FP8),
     "NVFP4A16": Scheme(weights=_NVFP4),
+    "NVFP4": Scheme(weights=_NVFP4, input_activations=_NVFP4_ACTIVATIONS),
     "MXFP4": Scheme(weights=_MXFP4, input_activations=_MX_ACTIVATIONS),
     "MXFP4A16": Scheme(weights=_MXFP4),
     "MXFP8": Scheme(weights=_MXFP8, input_activations=replace(_MX_ACTIVATIONS, num_bits=8)),
     "MXFP8A16": Scheme(weights=_MXFP8),
 }
 PRESETS: Final[Mapping[str, Scheme]] = {name: replace(scheme, preset=name) for name, scheme in _PRESETS.items()}
-"""Every preset of compressed-tensors that needs no calibration data."""
+"""Every preset of compressed-tensors that needs no calibration data, and NVFP4, which is told what data would tell."""
 
 REFUSED_PRESETS: Final[Mapping[str, str]] = {
     "FP8": "its static activation scale needs calibration data; FP8_DYNAMIC needs none",
-    "NVFP4": "its activation global scale needs calibration data; NVFP4A16 needs none",
     "UNQUANTIZED": "it quantizes nothing; copy the checkpoint instead",
 }
 
@@ -392,17 +418,20 @@ def parse_activation_args(data: Mapping[str, Any] | None) -> ActivationArgs | No
         return None
     if not isinstance(data, Mapping):
         raise _invalid(f"input_activations must be a mapping of arguments, found {type(data).__name__}")
-    if data.get("dynamic") is not True:
+    dynamic = getattr(data.get("dynamic"), "value", data.get("dynamic"))
+    if dynamic not in (True, LOCAL) or type(dynamic) not in (bool, str):
         raise _invalid("static activations need calibration data", "set `dynamic: true` in input_activations")
     fields = ("num_bits", "type", "strategy", "symmetric", "group_size", "scale_dtype")
     args = _normalise(data, fields, "input_activations")
     if "strategy" not in args:
         args["strategy"] = "group" if args.get("group_size") else "tensor"
+    if (dynamic == LOCAL) != (args["strategy"] == "tensor_group"):
+        raise _invalid("`dynamic: local` goes with strategy `tensor_group` of activations, and only with it")
     return ActivationArgs(**args)
 
 
 _SCHEME_FIELDS: Final = frozenset(
-    {"weights", "input_activations", "output_activations", "format", "targets", "preset", "search"}
+    {"weights", "input_activations", "output_activations", "format", "targets", "preset", "search", "input_scale"}
 )
 
 
@@ -430,7 +459,13 @@ def parse_scheme(data: str | Mapping[str, Any]) -> Scheme:
     )
     if name in PRESETS and replace(PRESETS[name], preset=None) == scheme:
         scheme = replace(scheme, preset=name)
-    return replace(scheme, search=parse_search(data.get("search") or "none"))
+    policy = data.get("input_scale")
+    told = None if policy is None else parse_input_scale(policy)
+    return replace(scheme, search=parse_search(data.get("search") or "none"), input_scale=told)
+
+
+OWN_FIELDS: Final = ("preset", "search", "input_scale")
+"""What describes a scheme and is nothing that a loader knows."""
 
 
 def scheme_to_json(scheme: Scheme) -> dict[str, Any]:
@@ -447,13 +482,14 @@ def scheme_to_json(scheme: Scheme) -> dict[str, Any]:
             "type": act.type,
             "strategy": act.strategy,
             "symmetric": act.symmetric,
-            "dynamic": True,
+            "dynamic": LOCAL if act.is_local else True,
             **({"group_size": act.group_size} if act.group_size is not None else {}),
             **({"scale_dtype": f"torch.{act.scale_dtype}"} if act.scale_dtype else {}),
         }
     if scheme.preset:
         out["preset"] = scheme.preset
-    return out | search_to_json(scheme)
+    told = {} if scheme.input_scale is None else {"input_scale": scheme.input_scale.to_json()}
+    return out | search_to_json(scheme) | told
 
 
 def search_to_json(scheme: Scheme) -> dict[str, Any]:
@@ -468,7 +504,7 @@ def group_entry(scheme: Scheme) -> dict[str, Any]:
     'int-quantized'
     """
     fields = scheme_to_json(scheme)
-    for own in ("preset", "search"):  # ours, and nothing that a loader knows
+    for own in OWN_FIELDS:
         fields.pop(own, None)
     return {**fields, "output_activations": None, "format": scheme.format}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
 from shardmill.core.architectures import past_last_layer
@@ -44,6 +44,11 @@ RULES: Final[Mapping[str, Rule]] = {
             "merged-one-scheme",
             "all members of a layer that vLLM merges have one scheme, or are all ignored",
             _VLLM + "layers/quantization/compressed_tensors/utils.py",
+        ),
+        Rule(
+            "merged-input-scale",
+            "members of a layer that vLLM merges have one input_global_scale: it keeps the largest and clips others",
+            _VLLM + "layers/quantization/compressed_tensors/schemes/compressed_tensors_w4a4_nvfp4.py",
         ),
         Rule(
             "experts-one-scheme",
@@ -250,7 +255,11 @@ def _is_experts(layer: Layer) -> bool:
 def _one_scheme(modules: _Modules, layers: Sequence[Layer], _setting: Setting) -> Iterator[Finding]:
     for layer in layers:
         schemes = {modules[member].scheme for member in layer.members}
-        if len(schemes) > 1:
+        policies = {scheme.input_scale for scheme in schemes if scheme}
+        if len({scheme and replace(scheme, input_scale=None) for scheme in schemes}) == 1 < len(policies):
+            told = ", ".join(sorted(policy.told() for policy in policies if policy))
+            yield Finding("merged-input-scale", layer.members[0], f"activations of one layer are {told}"[:200])
+        elif len(schemes) > 1:
             labels = ", ".join(sorted(scheme.label if scheme else "dense" for scheme in schemes))
             rule = "experts-one-scheme" if _is_experts(layer) else "merged-one-scheme"
             yield Finding(rule, layer.members[0], f"modules become one layer and are {labels}")

@@ -13,10 +13,11 @@ from typing import Any, Final
 from shardmill.core.assemble import totals
 from shardmill.core.findings import check_statistics
 from shardmill.core.folding import fold_names
+from shardmill.core.input_scale import told_policies
 from shardmill.core.manifest import Manifest, Totals, parse_manifest
 from shardmill.core.plan import COPY, Plan, ShardPlan, TensorPlan
 from shardmill.core.receipt import WeightRecord
-from shardmill.core.recipe import recipe_to_json
+from shardmill.core.recipe import Recipe, recipe_to_json
 from shardmill.core.table import resolve_table, table_document
 from shardmill.errors import Problem, show
 
@@ -52,6 +53,8 @@ class Summary:
     worst: tuple[WeightRecord, ...]
     """Largest relative error first; empty for a plan."""
     warnings: tuple[Problem, ...]
+    inputs: tuple[str, ...] = ()
+    """Where global scales of activations come from, one line for each policy; empty for schemes without."""
 
     @property
     def ratio(self) -> float:
@@ -96,6 +99,7 @@ def summarize_manifest(manifest: Manifest) -> Summary:
         ),
         worst=tuple(by_error(weight for _, weight in weights)[:WORST_SHOWN]),
         warnings=tuple(dict.fromkeys((*manifest.warnings, *check_statistics(weights, manifest.recipe)))),
+        inputs=_inputs(manifest.recipe),
     )
 
 
@@ -107,7 +111,12 @@ def summarize_plan(plan: Plan) -> Summary:
         decisions=_decisions(_decided(plan)),
         worst=(),
         warnings=plan.warnings,
+        inputs=_inputs(plan.recipe),
     )
+
+
+def _inputs(recipe: Recipe) -> tuple[str, ...]:
+    return told_policies(group.scheme.input_scale for group in recipe.groups)
 
 
 def _decided(plan: Plan) -> Iterator[tuple[tuple[str, str, str], str]]:
@@ -178,6 +187,7 @@ def _render_sizes(summary: Summary) -> Iterator[str]:
         yield f"{name:5} {size:>16,} bytes  {human_bytes(size):>9}  {note}"
     quantized = f"{summary.quantized_bits_per_weight:.2f} of {sizes.quantized_weights:,} quantized weights"
     yield f"bits per weight: {summary.bits_per_weight:.2f} overall, {quantized}"
+    yield from summary.inputs
 
 
 def _render_decisions(decisions: Iterable[Decision]) -> Iterator[str]:
@@ -238,6 +248,7 @@ def summary_document(summary: Summary) -> dict[str, Any]:
         "bits_per_weight": summary.bits_per_weight,
         "quantized_bits_per_weight": summary.quantized_bits_per_weight,
         "shards": summary.shards,
+        "inputs": list(summary.inputs),
         "decisions": [asdict(decision) | {"names": list(decision.names)} for decision in summary.decisions],
         "worst": [
             {

@@ -13,13 +13,22 @@ from shardmill.core.dtypes import CODES
 from shardmill.core.fused import TABLE, FusedTable, fused_sets
 from shardmill.core.header import TensorSpec
 from shardmill.core.index import CheckpointIndex
+from shardmill.core.input_scale import PARAM as INPUT_SCALE
 from shardmill.core.layout import OutputSpec, quantized_outputs
 from shardmill.core.manifest import Manifest, ManifestShard
 from shardmill.core.matching import CATCH_ALL, Matcher, split_name
 from shardmill.core.plan import COPY, SPLIT, SourceShard
 from shardmill.core.resolve import check_resolution
 from shardmill.core.roles import role_of
-from shardmill.core.scheme import ActivationArgs, Scheme, WeightArgs, parse_weight_args, weight_args_to_json
+from shardmill.core.scheme import (
+    LOCAL,
+    PRESETS,
+    ActivationArgs,
+    Scheme,
+    WeightArgs,
+    parse_weight_args,
+    weight_args_to_json,
+)
 from shardmill.core.serving import Served
 from shardmill.errors import Problem, Refused, show
 
@@ -130,7 +139,7 @@ def _parse_group(name: str, entry: Any, default_format: Any, problems: list[Prob
     except (Refused, TypeError, ValueError) as error:
         problems.append(_problem(f"group {show(name)}: {error}"))
         return None
-    scheme = _layout_scheme(args, written)
+    scheme = _layout_scheme(args, written, activations)
     if scheme is None:
         problems.append(
             _problem(f"group {show(name)}: format {show(written)} does not fit {args.num_bits}-bit {args.type}")
@@ -145,8 +154,12 @@ def _parse_group(name: str, entry: Any, default_format: Any, problems: list[Prob
     )
 
 
-def _layout_scheme(args: WeightArgs, written: str) -> Scheme | None:
+def _layout_scheme(args: WeightArgs, written: str, inputs: Any) -> Scheme | None:
     """The scheme whose layout a written format is; tools differ in which one they take for the same weights."""
+    local = PRESETS["NVFP4"].input_activations
+    if args.has_global_scale and isinstance(inputs, Mapping) and inputs.get("dynamic") == LOCAL:
+        scheme = Scheme(weights=args, input_activations=local)
+        return scheme if written == scheme.format else None
     alike = {"naive-quantized", f"{args.type}-quantized"}  # codes under `weight`, scales beside them
     for activations in (None, ActivationArgs(type=args.type)):
         scheme = Scheme(weights=args, input_activations=activations)
@@ -158,7 +171,7 @@ def _layout_scheme(args: WeightArgs, written: str) -> Scheme | None:
 def _extras(weights: Mapping[str, Any], activations: Any) -> frozenset[str]:
     found = {"weight_g_idx"} if weights.get("actorder") else set()
     if isinstance(activations, Mapping) and activations.get("dynamic") is not True:
-        found |= {"input_scale", "input_zero_point", "input_global_scale"}
+        found |= {"input_scale", "input_zero_point", INPUT_SCALE}
     return frozenset(found)
 
 
@@ -305,12 +318,15 @@ def check_dense(
 
 
 def check_global_scales(
-    modules: Mapping[str, Mapping[str, Located]], values: Mapping[str, float], table: FusedTable = TABLE
+    modules: Mapping[str, Mapping[str, Located]],
+    values: Mapping[str, float],
+    table: FusedTable = TABLE,
+    param: str = "weight_global_scale",
 ) -> list[Problem]:
     """Members of a fused set have one global scale: engines merge them and keep only one.
 
     Args:
-        values: of `weight_global_scale`, by module.
+        values: of `param`, by module.
     """
     problems = []
     for members in fused_sets((module for module in modules if module in values), table):
@@ -318,8 +334,8 @@ def check_global_scales(
             each = ", ".join(f"{member.rpartition('.')[2]} {values[member]:.6g}" for member in members)
             problems.append(
                 Problem(
-                    file=modules[members[0]]["weight_global_scale"].shard,
-                    tensor=f"{members[0]}.weight_global_scale",
+                    file=modules[members[0]][param].shard,
+                    tensor=f"{members[0]}.{param}",
                     kind="fused-scales-differ",
                     message=f"engines fuse these into one layer, expected one global scale, found {each}",
                     way_out="quantize again with a tool that shares it",
@@ -406,7 +422,8 @@ def _accounts(entry: ManifestShard, names: set[str]) -> Iterator[tuple[str, str]
         yield module, "the manifest says that it was quantized, the shard does not have it"
     for name in sorted(names - copied):
         module, param = split_name(name)
-        if not (module in modules and param.startswith("weight")) and not name.startswith(split):
+        is_param = module in modules and (param.startswith("weight") or param == INPUT_SCALE)
+        if not is_param and not name.startswith(split):
             yield name, "the manifest does not account for it"
 
 

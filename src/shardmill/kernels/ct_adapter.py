@@ -17,11 +17,14 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from pydantic import ValidationError
 from torch import Tensor
 
-from shardmill.core.scheme import Scheme, parse_scheme, preset, scheme_to_json
+from shardmill.core.scheme import OWN_FIELDS, Scheme, parse_scheme, preset, scheme_to_json
 from shardmill.errors import Problem, RecipeInvalid, show
 
 _NOT_READ: Final = frozenset({"version", "transform_config", "sparsity_config"})
 """Keys of a `quantization_config` that other readers use and `QuantizationConfig` drops."""
+
+_LOCAL_OBSERVER: Final = "static_minmax"
+"""What the library's preset NVFP4 names for calibration; nobody who only loads a checkpoint reads it."""
 
 
 def scheme_from_ct(scheme: QuantizationScheme | str) -> Scheme:
@@ -64,11 +67,13 @@ def _refuse_what_parsing_drops(data: Mapping[str, Any], found: Scheme) -> None:
 def scheme_to_ct(scheme: Scheme, targets: Sequence[str]) -> QuantizationScheme:
     """Build the object of compressed-tensors that means the same, for modules that match `targets`."""
     data = scheme_to_json(scheme)
-    for own in ("preset", "search"):
+    for own in OWN_FIELDS:
         data.pop(own, None)
     for args in filter(None, data.values()):
         if args.get("scale_dtype") == "torch.uint8":
             args["zp_dtype"] = "torch.uint8"
+    if scheme.needs_input_scale:
+        data["input_activations"]["observer"] = _LOCAL_OBSERVER
     return QuantizationScheme.model_validate(data | {"targets": list(targets)})
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import IO, Final
 
 from shardmill.core.dtypes import BITS, COMPUTABLE
+from shardmill.core.input_scale import PARAM as INPUT_SCALE
 from shardmill.core.layout import OutputSpec, ShardLayout, Unit
 from shardmill.core.plan import ShardPlan
 from shardmill.core.receipt import NonFinite, WeightRecord
@@ -87,7 +88,7 @@ def encode_shard(  # noqa: PLR0913 - what comes from outside, each with a defaul
     """
     crew = crew_of(device, is_torch=needs_torch(shard, device))
     layout = layout or shard.layout()
-    output = _Output(layout, write, new_scratch)
+    output = _Output(layout, write, new_scratch, shard.input_scale_finder())
     encoding = _Encoding(
         crew,
         cut(shard, layout.units, crew.block),
@@ -158,6 +159,8 @@ class _Output:
     layout: ShardLayout
     write: WriteChunk
     new_scratch: NewScratch
+    input_scale_of: Callable[[Unit], float]
+    """Gives the global scale of the activations of a weight, where one is stored."""
     held: dict[str, _Held] = field(default_factory=dict)
     """Outputs that are computed and wait for their place, by name."""
     records: list[WeightRecord] = field(default_factory=list)
@@ -261,6 +264,8 @@ class _Output:
             held.append(memoryview(struct.pack("<2q", unit.rows, unit.cols)))
         elif spec.param == "weight_global_scale":
             held.append(whole())
+        elif spec.param == INPUT_SCALE:
+            held.append(memoryview(struct.pack("<f", self.input_scale_of(unit))))
         if held.nbytes != spec.nbytes:
             raise AssertionError(f"{spec}: computed {held.nbytes} bytes")
         return held

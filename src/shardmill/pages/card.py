@@ -41,6 +41,7 @@ def render_card(report: Report) -> str:
         ),
         f"The {PROXY}. SQNR is the signal to quantization noise ratio.",
     ]
+    sections += [f"In NVFP4, {line}." for line in report.summary.inputs]
     if report.worst:
         rows = [
             (code(w.module), f"{w.statistics.relative_error:.4f}", decibels(w.statistics))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from shardmill.core.encoding import Decode
@@ -159,7 +159,7 @@ def _recipe_of(result: Result) -> Recipe:
         if group is not None and module not in unsafe:
             members.setdefault(group.name, []).append(module)
     groups = tuple(
-        Group(targets=tuple(members[group.name]), scheme=group.scheme)
+        Group(targets=tuple(members[group.name]), scheme=_of_weights(group.scheme))
         for group in result.config.groups
         if group.name in members
     )
@@ -169,6 +169,11 @@ def _recipe_of(result: Result) -> Recipe:
         partial_fused=True,
         expert_layout=result.manifest.recipe.expert_layout if result.manifest else None,
     )
+
+
+def _of_weights(scheme: Scheme) -> Scheme:
+    """A scheme without activations whose scales are stored: they have no source tensor to compare them with."""
+    return replace(scheme, input_activations=None) if scheme.needs_input_scale else scheme
 
 
 def _unexpected(result: Result, plan: Plan) -> list[Problem]:

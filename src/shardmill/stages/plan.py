@@ -15,6 +15,7 @@ from shardmill.core.planner import build_plan
 from shardmill.core.recipe import Recipe
 from shardmill.errors import show
 from shardmill.stages.importance import check_importance, resolve_importance
+from shardmill.stages.input_scale import take_input_scales
 from shardmill.storage.location import HUB, Location, open_location, parse_location
 from shardmill.storage.publish import Destination, open_destination
 from shardmill.storage.source import SourceFolder, Survey, open_source, read_checkpoint
@@ -80,7 +81,10 @@ def make_plan(source: SourceFolder, recipe: Recipe, kept: Kept | None = None) ->
         seen = source.survey()  # before anything is read: what arrives later is not in the plan
         _tell_second_names(seen)
         found = build_plan(read_checkpoint(source, seen), resolve_importance(recipe), kept)
-        problems = tuple(sorted({*found.problems, *([] if found.problems else check_importance(found))}))
+        problems = found.problems
+        if not problems:
+            found, more = take_input_scales(found, source.intake)
+            problems = tuple(sorted({*check_importance(found), *more}))
         return replace(found, source_state=listing_state(seen.files), problems=problems)
 
 

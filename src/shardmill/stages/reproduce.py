@@ -14,13 +14,17 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Final
 
+from shardmill.core.assemble import MANIFEST_NAME
 from shardmill.core.digest import Digest
 from shardmill.core.groups import LAYOUT_VERSION
 from shardmill.core.header import TensorSpec
+from shardmill.core.input_scale import DONOR
 from shardmill.core.layout import Placed
 from shardmill.core.manifest import Manifest
 from shardmill.core.nonfinite import Kept
 from shardmill.core.plan import COPY, Plan, ShardPlan, TensorPlan
+from shardmill.core.recipe import Recipe
+from shardmill.core.scheme import Scheme
 from shardmill.core.written import Located
 from shardmill.errors import CheckpointInvalid, Problem, Refused, refuse, show
 from shardmill.kernels.threads import cores
@@ -69,7 +73,7 @@ def reproduce(
     told = watch or VerifyWatch()
     folder, origin = open_source(destination, INTAKE), open_source(source, INTAKE)
     manifest = read_manifest(folder)
-    shard, planned = _find(_plan(origin, manifest), tensor)
+    shard, planned = _find(_plan(origin, manifest, destination), tensor)
     versions = _versions(manifest)
     if versions:
         told.on_note(versions)
@@ -92,9 +96,14 @@ def reproduce(
     return found, sorted(problems)
 
 
-def _plan(origin: SourceFolder, manifest: Manifest) -> Plan:
-    """The plan of the result: what was copied because of its values is copied again."""
-    plan = make_plan(origin, manifest.recipe)
+def _plan(origin: SourceFolder, manifest: Manifest, destination: str) -> Plan:
+    """The plan of the result: what was copied because of its values is copied again.
+
+    Input scales of a donor, whose place no manifest tells, are those of the result itself, if they have the digest of
+    those that were taken.
+    """
+    recipe = _donated(manifest.recipe, destination)
+    plan = make_plan(origin, recipe)
     if manifest.recipe.allow_nonfinite:
         said = {t.name: t for shard in manifest.shards for t in shard.tensors if t.action == COPY}
         kept = {
@@ -103,10 +112,26 @@ def _plan(origin: SourceFolder, manifest: Manifest) -> Plan:
             for tensor in shard.tensors
             if tensor.action != COPY and tensor.spec.name in said
         }
-        plan = make_plan(origin, manifest.recipe, Kept(reasons=kept, warnings=()))
+        plan = make_plan(origin, recipe, Kept(reasons=kept, warnings=()))
     if plan.problems:
         raise Refused(plan.problems)
+    if plan.recipe != manifest.recipe:
+        message = "its input scales are not those that were taken of the donor"
+        way_out = "fetch the result again"
+        raise refuse("input-scale-differs", message, file=MANIFEST_NAME, way_out=way_out)
     return plan
+
+
+def _donated(recipe: Recipe, donor: str) -> Recipe:
+    """The recipe with this donor in place of one whose location is not told."""
+
+    def given(scheme: Scheme) -> Scheme:
+        policy = scheme.input_scale
+        if policy is None or policy.kind != DONOR:
+            return scheme
+        return replace(scheme, input_scale=replace(policy, location=donor))
+
+    return replace(recipe, groups=tuple(replace(group, scheme=given(group.scheme)) for group in recipe.groups))
 
 
 def _find(plan: Plan, name: str) -> tuple[ShardPlan, TensorPlan]:

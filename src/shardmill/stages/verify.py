@@ -17,6 +17,7 @@ from shardmill.core.digest import Digest
 from shardmill.core.experts import read_sizes
 from shardmill.core.foreign import PICKLE, WEIGHTS
 from shardmill.core.fused import TABLE
+from shardmill.core.input_scale import PARAM as INPUT_SCALE
 from shardmill.core.manifest import Manifest
 from shardmill.core.plan import SPLIT
 from shardmill.core.serving import check_serving, read_setting
@@ -39,7 +40,8 @@ from shardmill.storage.source import SourceFolder
 __all__ = ["Comparison", "VerifyWatch", "serving_warnings", "verify", "verify_against"]
 
 _HASHERS: Final = 4
-_SCALES: Final = ("weight_scale", "weight_global_scale")
+_GLOBAL_SCALES: Final = ("weight_global_scale", INPUT_SCALE)
+_SCALES: Final = ("weight_scale", *_GLOBAL_SCALES)
 
 
 def verify(destination: str, watch: VerifyWatch | None = None) -> list[Problem]:
@@ -150,16 +152,19 @@ def _check_values(result: Result, readers: Readers) -> list[Problem]:
     if not result.config.problems:
         problems += check_modules(result.config, result.modules, stored_shapes(result, readers))
     damaged = {problem.tensor for problem in problems}
-    global_scales: dict[str, float] = {}
+    global_scales: dict[str, dict[str, float]] = {param: {} for param in _GLOBAL_SCALES}
     for module, params in result.modules.items():
         if module not in damaged:
             for param in _SCALES:
                 problems += _check_scale(params[param], readers) if param in params else []
-        scale = params.get("weight_global_scale")
-        if scale is not None and scale.spec.dtype == "F32" and scale.spec.nbytes == 4:
-            global_scales[module] = struct.unpack("<f", readers.whole(scale))[0]
+        for param in _GLOBAL_SCALES:
+            scale = params.get(param)
+            if scale is not None and scale.spec.dtype == "F32" and scale.spec.nbytes == 4:
+                global_scales[param][module] = struct.unpack("<f", readers.whole(scale))[0]
     table = result.manifest.recipe.fused_table if result.manifest else TABLE
-    return problems + check_global_scales(result.modules, global_scales, table)
+    for param, values in global_scales.items():
+        problems += check_global_scales(result.modules, values, table, param)
+    return problems
 
 
 def _check_scale(located: Located, readers: Readers) -> list[Problem]:

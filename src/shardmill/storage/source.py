@@ -174,6 +174,14 @@ def open_source(url: str, intake: Intake | None = None) -> SourceFolder:
     return SourceFolder(folder, intake)
 
 
+def read_shards(source: SourceFolder) -> tuple[tuple[SourceShard, ...], tuple[Problem, ...]]:
+    """Read the headers of all shards of a folder that need be no whole checkpoint, and what is wrong with them."""
+    problems: list[Problem] = []
+    files = source.listing()
+    shards = _read_headers(source, _choose_shards(files, _read_index(source, files, problems), problems), problems)
+    return shards, tuple(problems)
+
+
 def read_checkpoint(source: SourceFolder, found: Survey | None = None) -> Checkpoint:
     """Read everything a plan needs; what is wrong is collected in the result, not raised.
 
