@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -49,10 +49,10 @@ class InVllm:
     found: Heard
     whole: Heard
     """With the source."""
-    reference: Heard | None
-    """With what llm-compressor makes of the source in the same format; None for what it does not make."""
     distance: float
     """From the dense copy in transformers, in nats."""
+    reference: Heard | None = None
+    """With what llm-compressor makes of the source in the same format; asked for where the limit is passed."""
 
     @property
     def ratio(self) -> float:
@@ -62,7 +62,7 @@ class InVllm:
     @property
     def reference_ratio(self) -> float | None:
         """The same of llm-compressor's result."""
-        return self.reference and self.reference.perplexity / self.whole.perplexity
+        return None if self.reference is None else self.reference.perplexity / self.whole.perplexity
 
     @property
     def problems(self) -> list[str]:
@@ -101,13 +101,13 @@ class Judge:
         """Let vLLM read the text with a result."""
         found = self._kept(f"{case.name}-vllm", lambda: self.bench.in_vllm(self.bench.result(case), case.kernels))
         dense = self._kept(f"{case.name}-dense", lambda: self._dense(case))
-        whole, reference = self.whole(case), self.reference(case)
-        return InVllm(case=case, found=found, whole=whole, reference=reference, distance=found.distance(dense))
+        row = InVllm(case=case, found=found, whole=self.whole(case), distance=found.distance(dense))
+        if row.ratio <= case.limit * MARGIN or case.is_awq or case.is_emulated or case is UNSHARED:
+            return row
+        return replace(row, reference=self.reference(case))
 
-    def reference(self, case: Case) -> Heard | None:
+    def reference(self, case: Case) -> Heard:
         """What vLLM says with llm-compressor's result."""
-        if case.is_awq or case.is_emulated or case is UNSHARED:
-            return None
         return self._kept(
             f"{case.name}-reference", lambda: self.bench.in_vllm(self.bench.of_reference(case), case.kernels)
         )

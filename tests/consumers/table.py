@@ -48,10 +48,10 @@ without a row, and quantized experts, for which vLLM has nothing on CPU.
 - `perplexity`: of {tokens} tokens of English text. It is {whole:.2f} with the BF16 source, {awq:.2f} with the
   AWQ source decoded to BF16.
 - `ratio`: over that of the source.
-- `reference`: the ratio that llm-compressor's result of the same source has in the same engine on the same text.
 - `limit`: the ratio that llm-compressor's result had in vLLM on another English text of 1022 tokens, where BF16 had
-  19.14. Ratios depend on the text, too, so the larger one of `limit` and `reference` may not be passed by more than
-  {margin:.0%}. llm-compressor does not read AWQ; codes that are kept may cost nothing.
+  19.14; it may be passed by {margin:.0%}. llm-compressor does not read AWQ; codes that are kept may cost nothing.
+- `reference`: where that is passed, the ratio that llm-compressor's result of the same source has in the same engine on
+  this text, for ratios depend on the text, too. Then this is the limit.
 - `distance`: mean difference of log-probabilities, in nats, from those that transformers computes in float32 with a
   dense copy of the weights, which a reader that shares nothing with the package made; at most {distance}, or {rounded}
   where vLLM rounds activations, too (FP8_DYNAMIC, W8A8). BF16 has {noise:.3f}, for vLLM computes in BF16. With
