@@ -56,7 +56,7 @@ without a row, and quantized experts, for which vLLM has nothing on CPU.
   dense copy of the weights, which a reader that shares nothing with the package made; at most {distance}, or {rounded}
   where vLLM rounds activations, too (FP8_DYNAMIC, W8A8). BF16 has {noise:.3f}, for vLLM computes in BF16. With
   activations of 4 bits the other side rounds them as well, by the formulas; then at most {emulated}, and `limit` is
-  what the format has on this text: [activations.md](activations.md) has calibrated scales beside assumed ones.
+  the ratio that calibrated scales have on this text by those formulas, see [activations.md](activations.md).
 """
 _TRANSFORMERS = """
 ## Dense models in transformers
