@@ -46,7 +46,9 @@ COMPARED_TOKENS: Final = 128
 _PROGRAM: Final = Path(__file__).with_name("in_vllm.py")
 _VLLM_SETTINGS: Final = {
     "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",  # on a busy machine, threads that wait for each other spin and get nowhere
+    "OMP_NUM_THREADS": str(THREADS),
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin keep each other from work on a busy machine
+    "VLLM_CPU_INT4_W4A8": "0",  # else W4A16 rounds activations to 8 bits, on processors that have AMX
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

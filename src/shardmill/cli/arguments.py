@@ -43,7 +43,7 @@ class Options:
     destination: str = ""
     scheme: str | None = None
     schemes: tuple[str, ...] = ()
-    """As they were asked for; `scheme` is that of one conversion."""
+    """All that were asked for; `scheme` is the one of one conversion."""
     recipe: str | None = None
     group_size: int | None = None
     ignore: tuple[str, ...] = ()
@@ -104,6 +104,8 @@ def parse_arguments(argv: Sequence[str]) -> Options:
         parser.error(f"unrecognized arguments: {shlex.join(rest)}")
     for name in ("ignore", "limit", "reproduce", "schemes"):
         values[name] = tuple(values.get(name) or ())
+    if len(values["schemes"]) == 1:
+        values["scheme"] = values["schemes"][0]
     return Options(**values, verbosity=-1 if quiet else verbose)
 
 

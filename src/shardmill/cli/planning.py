@@ -30,7 +30,7 @@ def plan(options: Options, console: Console) -> int:
         from shardmill.cli.several import plan_schemes  # few ask for it
 
         return plan_schemes(options, console)
-    return _plan(replace(options, scheme=options.schemes[0]) if options.schemes else options, console)
+    return _plan(options, console)
 
 
 def _plan(options: Options, console: Console) -> int:

@@ -37,23 +37,22 @@ def run(options: Options, console: Console) -> int:
         return run_schemes(options, console)
     from shardmill.stages.pipeline import run as run_stages
 
-    chosen = replace(options, scheme=options.schemes[0]) if options.schemes else options
-    locations, recipe = read_request(chosen)
-    if chosen.dry_run:
-        return _dry_run(locations, chosen, console)
+    locations, recipe = read_request(options)
+    if options.dry_run:
+        return _dry_run(locations, options, console)
     stop = threading.Event()
     told: dict[str, Any] = {}
     with stop_on_interrupt(stop):
-        if chosen.budget is not None:
+        if options.budget is not None:
             from shardmill.cli.budgeting import solve_run  # few ask for it
 
-            locations, recipe, told = solve_run(locations, chosen, chosen.budget, console, stop)
-        result = run_stages(locations, recipe, settings(chosen), watcher=watcher(console, stop), stop=stop)
+            locations, recipe, told = solve_run(locations, options, options.budget, console, stop)
+        result = run_stages(locations, recipe, settings(options), watcher=watcher(console, stop), stop=stop)
     console.close_progress()
-    document = show_result(result, chosen, console) | told
-    if chosen.json:
+    document = show_result(result, options, console) | told
+    if options.json:
         print_document(document)
-    write_result(result, chosen, console)
+    write_result(result, options, console)
     return DONE
 
 

@@ -68,6 +68,7 @@ SLOWEST: Final[int] = 256 << 10
 _FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 4.0
 _CONNECTIONS: Final = 32
+_chance: Final = random.Random()  # noqa: S311 - pauses, not secrets; the common one belongs to the program
 _ENVIRONMENT: Final = ("AWS_", "FSSPEC_", "BOTO")
 
 _NO_BUCKET: Final = "NoSuchBucket"
@@ -541,7 +542,7 @@ async def _insist(
             is_out_of_time = isinstance(error, TimeoutError) and loop.time() >= end
             if trouble is None or not is_out_of_time:  # else what went wrong before tells more
                 trouble = _trouble(error)
-        pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(tries, 10)) * random.uniform(0.5, 1.0)  # noqa: S311
+        pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(tries, 10)) * _chance.uniform(0.5, 1.0)
         if not trouble.is_transient or give_up() or loop.time() + pause >= end:
             break
         _log.debug("%s %s: %s; try %d follows", name, url, trouble.what, tries + 1)
