@@ -188,7 +188,7 @@ class BlockReader:
         submit: Callable[[int, memoryview], Future[None]],
         *,
         block_bytes: int = 8 << 20,
-        blocks: int = 6,
+        blocks: int = 4,
         on_close: Callable[[], None] = _nothing,
         room: KeptRoom | None = None,
     ) -> None:

@@ -30,7 +30,7 @@ PART_BYTES: Final[int] = 16 << 20
 """Least size of a part; a file that is no larger is written in one request."""
 PARTS_IN_FLIGHT: Final[int] = 3
 """Most of one upload."""
-SHARED_BUFFERS: Final[int] = 4
+SHARED_BUFFERS: Final[int] = 2
 """Buffers of a part's size that the uploads of a process share, beside the one that each has for itself."""
 COPY_PART_BYTES: Final[int] = 256 << 20
 COPIES_IN_FLIGHT: Final[int] = 8
