@@ -122,6 +122,11 @@ def test_parts_are_told_by_name(name: str, part: str) -> None:
             {"scheme": "NVFP4A16", "default_ignores": False, "expert_layout": "rows", "allow_nonfinite": True},
             "shardmill run SRC DST --scheme NVFP4A16 --no-default-ignores --expert-layout rows --allow-nonfinite",
         ),
+        ({"scheme": "MXFP4A16", "search": "mse"}, "shardmill run SRC DST --scheme MXFP4A16 --search mse"),
+        (
+            {"scheme": "W4A16", "group_size": 64, "search": {"kind": "mse", "norm": 2.5}},
+            "shardmill run SRC DST --scheme W4A16 --group-size 64 --search mse --search-norm 2.5",
+        ),
         ({"scheme": "W8A16", "targets": "re:.*mlp"}, "shardmill run SRC DST --recipe recipe.json"),
         ({"groups": [{"scheme": "W8A16"}, {"scheme": "MXFP4"}]}, "shardmill run SRC DST --recipe recipe.json"),
         ({"scheme": {"weights": {"num_bits": 3, "strategy": "channel"}}},

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from shardmill.core.input_scale import CONSTANT, DONOR
 from shardmill.core.recipe import Recipe
-from shardmill.core.scheme import PRESETS, Scheme, with_group_size
+from shardmill.core.scheme import PRESETS, Scheme, Search, with_group_size
 from shardmill.core.shell import command_line
 
 RECIPE_FILE = "recipe.json"
@@ -33,13 +34,25 @@ def _flags(recipe: Recipe) -> tuple[str, ...]:
 
 def _scheme_flags(scheme: Scheme) -> tuple[str, ...]:
     if scheme.preset:
-        return ("--scheme", scheme.preset, *_input_scale_flags(scheme))
+        return ("--scheme", scheme.preset, *_input_scale_flags(scheme), *_search_flags(scheme.search))
     size = scheme.weights.group_size
+    plain = replace(scheme, search=None)
     for name, known in PRESETS.items() if size else ():
         args = known.weights
-        if args.strategy == "group" and not args.is_mx and with_group_size(known, size or 0) == scheme:
-            return ("--scheme", name, "--group-size", str(size))
+        if args.strategy == "group" and not args.is_mx and with_group_size(known, size or 0) == plain:
+            return ("--scheme", name, "--group-size", str(size), *_search_flags(scheme.search))
     return ()
+
+
+def _search_flags(search: Search | None) -> Iterator[str]:
+    """How scales are searched; the place of a file with importance is told by no manifest."""
+    if search is None:
+        return
+    yield from ("--search", "mse")
+    if search.norm != Search().norm:
+        yield from ("--search-norm", f"{search.norm:g}")
+    if search.importance:
+        yield from ("--importance", "IMPORTANCE")
 
 
 def _input_scale_flags(scheme: Scheme) -> tuple[str, ...]:
