@@ -13,7 +13,6 @@ from blake3 import blake3
 from fsspec.implementations.memory import MemoryFileSystem
 
 from shardmill.storage import s3, s3_upload
-from shardmill.storage.blocks import BlockReader
 from shardmill.storage.folder import Folder
 from shardmill.storage.location import open_folder
 from storage.servers import S3Server
@@ -24,7 +23,7 @@ def use_small_parts(patch: pytest.MonkeyPatch, part: int) -> None:
     for name in ("PART_BYTES", "COPY_PART_BYTES", "_MIB"):
         patch.setattr(s3_upload, name, part)
     patch.setattr(s3, "COPY_WHOLE_BYTES", part)
-    patch.setitem(BlockReader.__init__.__kwdefaults__ or {}, "block_bytes", 1 << 16)
+    patch.setattr(s3, "RANGE_BYTES", 1 << 16)
 
 
 def brief(data: bytes) -> bytes | str:

@@ -96,6 +96,7 @@ def open_(
     size: int = len(DATA),
     block_bytes: int = BLOCK,
     blocks: int = 4,
+    more_blocks: int = 0,
     on_close: Callable[[], None] = lambda: None,
     room: KeptRoom | None = None,
 ) -> BlockReader:
@@ -104,6 +105,7 @@ def open_(
         submit,
         block_bytes=block_bytes,
         blocks=blocks,
+        more_blocks=more_blocks,
         on_close=on_close,
         room=room or KeptRoom(0),
     )
@@ -532,14 +534,16 @@ def test_a_block_fetched_ahead_in_vain_makes_room_first() -> None:
     assert not {0, 1} & set(numbers(server, before))
 
 
-def test_who_reads_once_has_the_beginning_fetched_before_it_asks() -> None:
+@pytest.mark.parametrize(("announces", "fetched"), [(True, 4), (False, 7)])
+def test_who_reads_once_has_the_beginning_fetched_before_it_asks(*, announces: bool, fetched: int) -> None:
     server = Server()
-    with open_(server.submit) as reader:
-        reader.expect_once()
-        reader.expect_once()
-        assert numbers(server) == [0, 1, 2, 3]
+    with open_(server.submit, more_blocks=3) as reader:
+        reader.expect_once(announces=announces)
+        reader.expect_once(announces=announces)
+        assert numbers(server) == list(range(fetched))
         read_blocks(reader, *range(30))
     assert sorted(numbers(server)) == sorted(set(numbers(server)))
+    assert len(server.buffers) == fetched
 
 
 @pytest.mark.parametrize("flipped", [None, 1, 2])
@@ -551,7 +555,7 @@ def test_what_is_fetched_again_against_the_promise_counts_once_two_fetches_agree
         return server.submit(start, view)
 
     with open_(submit, blocks=2) as reader:
-        reader.expect_once()
+        reader.expect_once(announces=True)
         if flipped is None:
             assert read_far_and_back(reader) == DATA[:BLOCK]
         else:
@@ -564,7 +568,7 @@ def test_what_is_fetched_again_against_the_promise_counts_once_two_fetches_agree
 def test_a_block_that_goes_before_all_of_it_was_read_never_differs(part: tuple[int, int]) -> None:
     server = Server()
     with open_(server.submit, blocks=2) as reader:
-        reader.expect_once()
+        reader.expect_once(announces=True)
         take(reader, *part)
         read_blocks(reader, 10, 20, 30)
         server.flips = {0: 2}
@@ -575,7 +579,7 @@ def test_a_block_that_goes_before_all_of_it_was_read_never_differs(part: tuple[i
 def test_what_was_announced_and_not_kept_never_differs() -> None:
     server = Server()
     with open_(server.submit, blocks=2, room=KeptRoom(10 * BLOCK)) as reader:
-        reader.expect_once()
+        reader.expect_once(announces=True)
         assert reader.announce([span(0, 30)])
         read_blocks(reader, *range(30))
         server.flips = {20 * BLOCK: 2}

@@ -61,6 +61,11 @@ class WeightArgs:
         return self.strategy == "tensor_group"
 
     @property
+    def needs_extent(self) -> bool:
+        """Whether the first code takes the extent of a whole weight or fused set, so that values are read twice."""
+        return self.strategy in ("tensor", "tensor_group")
+
+    @property
     def code_range(self) -> tuple[float, float]:
         """Smallest and largest code."""
         if self.type == "float":

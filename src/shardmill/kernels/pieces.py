@@ -235,7 +235,7 @@ def cut(shard: ShardPlan, units: Sequence[Unit], block: BlockSize) -> Iterator[P
             yield from _copies(shard, copies)
             copies.clear()
             key = None
-            if unit.scheme.weights.strategy in ("tensor", "tensor_group"):
+            if unit.scheme.weights.needs_extent:
                 key, refs = _extent_of(shard, unit, unit.scheme, fused.get(unit.tensor.name, ()))
                 yield from _measured(shard, key, refs, measured, block)
             yield from _encodes(shard, number, unit, unit.scheme, key, block)
@@ -273,7 +273,7 @@ def _decoding(
     recodes = scheme is not None and all(
         partner is not None and can_recode(partner, scheme) for partner in [decode, *[ref.decode for ref in fused]]
     )
-    if scheme is not None and not decode.stays and scheme.weights.strategy in ("tensor", "tensor_group"):
+    if scheme is not None and not decode.stays and scheme.weights.needs_extent:
         key, wanted = decoded_extent(unit, decode, scheme, fused)
         own = TensorRef(shard.name, shard.data_start, decode.parts[0][1].spec, decode)
         if wanted is None:

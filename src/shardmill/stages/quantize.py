@@ -75,7 +75,8 @@ class Sources:
         if name not in self.readers:
             self.readers[name] = self._open(name)
             if name == self.shard.name:
-                self.readers[name].expect_once()
+                announces = any(scheme.weights.needs_extent for scheme in self.shard.schemes)
+                self.readers[name].expect_once(announces=announces)
         return self.readers[name]
 
     def _open(self, name: str) -> Reader:

@@ -189,6 +189,7 @@ class BlockReader:
         *,
         block_bytes: int = 8 << 20,
         blocks: int = 4,
+        more_blocks: int = 0,
         on_close: Callable[[], None] = _nothing,
         room: KeptRoom | None = None,
     ) -> None:
@@ -201,6 +202,7 @@ class BlockReader:
                 writes into the view; one that could be cancelled may still do.
             block_bytes: bytes fetched by one request.
             blocks: most blocks in memory, but for those that are kept in the room.
+            more_blocks: beside them where all is read once and nothing is kept.
             on_close: called once, when nothing is in flight any more.
             room: for what is read twice; that of the process unless given.
         """
@@ -209,6 +211,7 @@ class BlockReader:
         self._submit = submit
         self._block_bytes = max(1, min(block_bytes, identity.size))
         self._own = max(1, blocks)
+        self._more_blocks = more_blocks
         self._on_close = on_close
         self._room = room or _room
         self._room.enter()
@@ -279,7 +282,7 @@ class BlockReader:
                 self._room.give_back(id(self), granted)
         return True
 
-    def expect_once(self) -> None:
+    def expect_once(self, *, announces: bool) -> None:
         """See `Reader.expect_once`: it fetches the beginning, and blocks get a digest if they go before their time.
 
         A block that is fetched again against this promise counts once two fetches of it agree.
@@ -288,6 +291,9 @@ class BlockReader:
             if self._is_once or self._is_closed:
                 return
             self._is_once = True
+            if not announces:
+                self._own += self._more_blocks
+                self._reach_limit = self._own
             for index in range(min(self._own, self._span(0, self.identity.size))):
                 if index not in self._held and self._make_room(index, index):
                     self._start(index)

@@ -96,10 +96,13 @@ class Reader(Protocol):
         tells whether to read on just now, or to come back later for the sake of others that read the same file.
         """
 
-    def expect_once(self) -> None:
+    def expect_once(self, *, announces: bool) -> None:
         """Promise to read all of it from the beginning on and, but for what is announced, only once.
 
         So the first bytes may be on their way before they are asked for, and what was read need not be remembered.
+
+        Args:
+            announces: whether there will be ranges to announce; memory is left to them.
         """
 
 

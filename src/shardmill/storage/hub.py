@@ -174,7 +174,7 @@ class _CachedReader:
     ) -> None:
         self._file.__exit__(kind, error, trace)
 
-    def expect_once(self) -> None:
+    def expect_once(self, *, announces: bool) -> None:
         """As `Reader.expect_once`; nothing is remembered anyway."""
 
     def announce(self, ranges: Sequence[tuple[int, int]]) -> bool:

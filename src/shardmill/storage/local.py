@@ -89,7 +89,7 @@ class RangeReader:
         if kind is None and after != self.identity:
             raise SourceChanged(f"{show(str(self.path), 200)} changed while it was read; run again")
 
-    def expect_once(self) -> None:
+    def expect_once(self, *, announces: bool) -> None:
         """As `Reader.expect_once`; nothing is remembered anyway."""
 
     def announce(self, ranges: Sequence[tuple[int, int]]) -> bool:  # noqa: ARG002 - the page cache keeps what is read twice

@@ -251,7 +251,7 @@ class MemoryReader:
         if kind is None:
             self._folder.read_part(self._name, self.identity, 0, 0)
 
-    def expect_once(self) -> None:
+    def expect_once(self, *, announces: bool) -> None:
         """As `Reader.expect_once`; nothing is remembered anyway."""
 
     def announce(self, ranges: Sequence[tuple[int, int]]) -> bool:  # noqa: ARG002 - everything is kept

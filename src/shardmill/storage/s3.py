@@ -23,6 +23,8 @@ from shardmill.storage.s3_marks import CANARY, MARKS, body_of, hold, let_go, obj
 from shardmill.storage.s3_marks import sweep as sweep_marks
 from shardmill.storage.s3_upload import S3Writer, copy_in_parts, copy_seconds, metadata_in, metadata_of, tags_of
 
+RANGE_BYTES: Final[int] = 16 << 20
+"""Read by one request; each of them costs client and server."""
 COPY_WHOLE_BYTES: Final[int] = 5 * 1000**3
 """Up to this size one request copies an object; larger ones are copied in parts."""
 _CREATE_TRIES: Final = 3
@@ -166,7 +168,7 @@ class S3Folder:
         def submit(start: int, view: memoryview) -> Future[None]:
             return client.read_range(place, identity.version, start, view)
 
-        return BlockReader(identity, submit)
+        return BlockReader(identity, submit, block_bytes=RANGE_BYTES, blocks=2, more_blocks=2)
 
     # ---- writing
 

@@ -166,7 +166,7 @@ class _SharedReader:
         """As `Reader.read_into`."""
         self.bytes_read += self._share.read_into(self._run, offset, view)
 
-    def expect_once(self) -> None:
+    def expect_once(self, *, announces: bool) -> None:
         """As `Reader.expect_once`; other runs may read the same again."""
 
     def announce(self, ranges: Sequence[tuple[int, int]]) -> bool:
