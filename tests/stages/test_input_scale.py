@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import struct
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from shardmill.stages.reproduce import reproduce
 from shardmill.stages.verify import verify, verify_against
 from shardmill.storage import memory
 from shardmill.storage.source import open_source
+from storage.fake_hub import OLD, REPO, run_hub
+from storage.servers import run_moto
 
 OPTIONS = RunOptions(device="cpu", workers=1)
 EXPERTS = "model.layers.0.mlp.experts"
@@ -178,13 +181,35 @@ def test_scales_of_a_donor_are_copied_and_fused_sets_take_the_smallest(
     assert (verify(str(tmp_path / "result")), verify_against(str(tmp_path / "result"), str(source))[1]) == ([], [])
 
 
-@pytest.mark.parametrize("place", ["disk", "memory"])
-def test_a_donor_lies_wherever_a_source_may(place: str, dense: Path, tmp_path: Path) -> None:
-    url = "memory://donors/calibrated" if place == "memory" else str(tmp_path / "calibrated")
-    recipe = uniform("NVFP4", input_scale="constant:12")
-    store = "memory://donors/store" if place == "memory" else str(tmp_path / "store")
-    run(Locations(source=str(dense), destination=url, store=store), recipe, OPTIONS)
-    assert set(scales(convert(dense, tmp_path / "result", f"donor:{url}")).values()) == {224.0}
+@pytest.mark.parametrize("place", ["disk", "memory", "s3", "hub"])
+def test_a_donor_lies_wherever_a_source_may(
+    place: str, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibrated = convert(dense, tmp_path / "calibrated", "constant:12")
+    with ExitStack() as servers:
+        url = move(calibrated, place, servers, monkeypatch)
+        result = convert(dense, tmp_path / "result", f"donor:{url}")
+    assert set(scales(result).values()) == {224.0}
+
+
+def move(checkpoint: Path, place: str, servers: ExitStack, patch: pytest.MonkeyPatch) -> str:
+    files = {path.name: path.read_bytes() for path in checkpoint.iterdir() if path.is_file()}
+    if place == "s3":
+        server = servers.enter_context(run_moto())
+        server.lead(patch)
+        server.client.create_bucket(Bucket="donors")
+        for name, data in files.items():
+            server.client.put_object(Bucket="donors", Key=f"calibrated/{name}", Body=data)
+        return "s3://donors/calibrated"
+    if place == "hub":
+        hub = servers.enter_context(run_hub(patch, checkpoint.parent / "cache"))
+        hub.commits[OLD] = files
+        return f"hf://{REPO}"
+    if place == "memory":
+        for name, data in files.items():
+            memory.open_memory("donors/calibrated").put(name, data)
+        return "memory://donors/calibrated"
+    return str(checkpoint)
 
 
 def test_the_digest_of_the_scales_is_recorded_and_the_place_is_not(dense: Path, tmp_path: Path) -> None:
