@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
 import torch
@@ -34,6 +35,10 @@ LARGEST_TIME_RATIO: Final = 3.0
 """Processor time of a run with the search over that of a run without."""
 ROUNDING: Final = 1e-5
 """Share of an error that may be due to the rounding of sums."""
+REPEATS: Final = 5
+"""Runs of ours, in turns, of whose times the median counts: each takes less than a second."""
+DRAWS: Final = 12
+"""Mixtures of two results that show how much of a difference in divergence is chance."""
 OBSERVERS: Final = ("memoryless_mse", "nvfp4_expanded_mse")
 
 
@@ -228,6 +233,7 @@ class Result:
     divergence: float
     perplexity: float
     seconds: float
+    place: Path
     failure: str = ""
 
     @property
@@ -287,19 +293,39 @@ class Bench:
                 key=lambda result: math.inf if result.failure else result.error,
             ),
         }
-        for variant, search in ((MINMAX_OURS, "none"), (SEARCHED_OURS, "mse")):
-            place = self._place(case, f"search-{search}")
-            warm = self._place(case, f"search-{search}-before")  # kernels are compiled, or loaded, the first time
-            quantize_with_shardmill(case, self.source, warm, search)
-            seconds = quantize_with_shardmill(case, self.source, place, search)
-            found[variant] = self._judged(case, place, seconds)
+        searches = {MINMAX_OURS: "none", SEARCHED_OURS: "mse"}
+        seconds: dict[str, list[float]] = {search: [] for search in searches.values()}
+        for number in range(1 + REPEATS):  # kernels are compiled, or loaded, the first time
+            for search, taken in seconds.items():
+                place = self._place(case, f"search-{search}-{number}")
+                taken.append(quantize_with_shardmill(case, self.source, place, search))
+        for variant, search in searches.items():
+            place = self._place(case, f"search-{search}-{REPEATS}")
+            found[variant] = self._judged(case, place, median(seconds[search][1:]))
+        return found
+
+    def mixtures(self, case: Case, one: Result, other: Result) -> list[float]:
+        """Divergence where each weight is, at random, as one result has it or as the other."""
+        pairs = list(
+            zip(
+                restored_weights(self.weights, one.place, case),
+                restored_weights(self.weights, other.place, case),
+                strict=True,
+            )
+        )
+        found = []
+        for draw in range(DRAWS):
+            picks = torch.randint(2, (len(pairs),), generator=torch.Generator().manual_seed(draw))
+            for pair, pick in zip(pairs, picks.tolist(), strict=True):
+                self.judge.take(*pair[pick])
+            found.append(self.judge.measure()[0])
         return found
 
     def _their(self, case: Case, variant: str) -> Result:
         place = self.kept / variant / case.name
         failure, seconds = self.theirs[place]
         if failure:
-            return Result({}, math.nan, math.nan, seconds, failure.splitlines()[0])
+            return Result({}, math.nan, math.nan, seconds, place, failure.splitlines()[0])
         return self._judged(case, place, seconds)
 
     def _judged(self, case: Case, place: Path, seconds: float) -> Result:
@@ -308,7 +334,7 @@ class Bench:
             lost = weight - self.weights[f"{module}.weight"].float()
             errors[module] = float(lost.square().sum(dtype=torch.float64))
             self.judge.take(module, weight)
-        return Result(errors, *self.judge.measure(), seconds)
+        return Result(errors, *self.judge.measure(), seconds, place)
 
     @property
     def squared_weights(self) -> float:
@@ -330,6 +356,23 @@ def rows(bench: Bench, case: Case, results: Mapping[str, Result]) -> Iterator[st
             f"| {case.name} | {variant} | {relative:.5f} | {mark}{result.divergence:.4f}{mark} |"
             f" {result.perplexity:.2f} | {_seconds(result)} | {remark(variant, results)} |"
         )
+
+
+def explained(bench: Bench, case: Case, results: Mapping[str, Result]) -> Iterator[str]:
+    """Where another variant has the least divergence: how far chance alone moves it."""
+    ours = results[SEARCHED_OURS]
+    name, least = min(
+        ((name, result) for name, result in results.items() if not result.failure),
+        key=lambda entry: entry[1].divergence,
+    )
+    if least.divergence >= ours.divergence:
+        return
+    mixed = bench.mixtures(case, ours, least)
+    yield (
+        f"{case.name}: {name} has {least.divergence:.5f}, `--search mse` {ours.divergence:.5f}. With each weight at"
+        f" random from one of the two, {DRAWS} draws: {min(mixed):.5f} to {max(mixed):.5f}, mean"
+        f" {sum(mixed) / len(mixed):.5f}."
+    )
 
 
 def _seconds(result: Result) -> str:
@@ -377,14 +420,16 @@ def report(bench: Bench) -> tuple[list[str], list[str]]:
     """Markdown about a checkpoint, and what is not as required."""
     text = [f"## {bench.title}", "", f"Perplexity of the bf16 model: {bench.judge.perplexity:.2f}.", "", *_TABLE]
     bad: list[str] = []
+    notes: list[str] = []
     for case in bench.cases:
         results = bench.results(case)
         lines = list(rows(bench, case, results))
         sys.stdout.write("\n".join(lines) + "\n")
         sys.stdout.flush()
         text += lines
+        notes += explained(bench, case, results)
         bad += too_bad(case, results)
-    return [*text, ""], bad
+    return [*text, "", *(f"- {note}" for note in notes), *([""] if notes else [])], bad
 
 
 def benches(folder: Path, kept: Path, only: str | None, cases: Sequence[Case]) -> Iterator[Bench]:
