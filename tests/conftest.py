@@ -6,11 +6,14 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any, Final
 
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadFileScheduling
 
 ROOT = Path(__file__).resolve().parent.parent
+_FLOWS: Final = "tests/flows/"
 
 # Prefect reads its settings when it is imported, and this file is imported before any test module.
 _PREFECT = Path(tempfile.mkdtemp(prefix="shardmill-tests-"))
@@ -34,6 +37,17 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-goldens", action="store_true", help="write golden files anew instead of comparing")
     parser.addoption("--pictures", metavar="FOLDER", help="keep the pictures that tests in a browser take")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+    """With `--dist loadfile`: all flows to one process, so that their server is started once."""
+    return _LoadFile(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+class _LoadFile(LoadFileScheduling):  # type: ignore[misc] # untyped
+    def _split_scope(self, nodeid: str) -> str:
+        return _FLOWS if nodeid.startswith(_FLOWS) else str(super()._split_scope(nodeid))
 
 
 def pytest_unconfigure() -> None:

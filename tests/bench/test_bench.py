@@ -67,6 +67,7 @@ PLANS = tuple(PlanRow(preset="W4A16", shards=n, tensors=1000 * n, runs=runs(n / 
 # ---- the whole --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_toy_run_measures_and_writes_the_page_and_renders_it_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

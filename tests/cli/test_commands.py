@@ -268,6 +268,7 @@ def test_report_says_what_is_missing_without_source_and_headers(source: Path, tm
     assert "Sizes by part are missing: the headers of 1 of 3 shards" in page.read_text()
 
 
+@pytest.mark.slow
 def test_the_report_of_a_thousand_shards_comes_soon(tmp_path: Path) -> None:
     """A manifest of 50,000 tensors: that of a small result, its shard a thousand times with other layers."""
     source = checkpoints.write(tmp_path / "source", [checkpoints.llama(6, 64, 64)])

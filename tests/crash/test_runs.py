@@ -132,7 +132,7 @@ def by_default(*names: str) -> list[object]:
     ]
 
 
-@pytest.mark.parametrize("rules", by_default("503-10%", "lost-commit"))
+@pytest.mark.parametrize("rules", by_default("503-10%"))
 def test_a_run_over_a_bad_network_gives_the_same_bytes(
     bucket: Bucket,
     proxy: FaultProxy,
@@ -177,6 +177,7 @@ def test_a_flipped_bit_is_found_where_the_digest_is_known(
     assert bucket.result() == expected
 
 
+@pytest.mark.slow
 def test_flipped_bits_in_fused_partners_are_found(
     bucket: Bucket, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,6 +370,7 @@ def test_a_file_that_is_replaced_under_the_same_header_is_never_mixed_in(
     assert on_disk(locations) == on_disk(clean)
 
 
+@pytest.mark.slow
 def test_an_object_that_is_replaced_under_the_same_header_is_never_mixed_in(
     bucket: Bucket, model: Path, tmp_path: Path
 ) -> None:
@@ -409,7 +411,7 @@ def start(locations: Locations, scheme: str, store: str = "") -> subprocess.Pope
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.mark.parametrize("place", ["local", "s3"])
+@pytest.mark.parametrize("place", ["local", pytest.param("s3", marks=pytest.mark.slow)])
 def test_two_runs_of_one_plan_both_succeed(
     bucket: Bucket, model: Path, tmp_path: Path, expected: dict[str, bytes], place: str
 ) -> None:
@@ -442,7 +444,7 @@ def test_of_two_plans_one_is_refused_and_told_who_is_there(
     assert len(schemes) == 1
 
 
-@pytest.mark.parametrize("place", ["local", "s3"])
+@pytest.mark.parametrize("place", ["local", pytest.param("s3", marks=pytest.mark.slow)])
 def test_the_refusal_names_the_run_that_is_there(bucket: Bucket, model: Path, tmp_path: Path, place: str) -> None:
     here = Locations(source=str(model), destination=str(tmp_path / "model"))
     locations = here if place == "local" else bucket.locations

@@ -309,7 +309,9 @@ def name_another_storage(kept: list[Path], _mark: Path, _ask: Ask) -> None:
         path.write_text(json.dumps(record))
 
 
-@pytest.mark.parametrize("is_store_kept", [True, False], ids=["store", "no store"])
+@pytest.mark.parametrize(
+    "is_store_kept", [pytest.param(True, id="store"), pytest.param(False, id="no store", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("change", [give_pickles, swap, take_from_another_storage, name_another_storage])
 def test_no_changed_record_is_executed_or_believed(
     change: Callable[[list[Path], Path, Ask], None],

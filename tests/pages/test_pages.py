@@ -154,6 +154,7 @@ def test_every_picture_has_an_alternative_and_headings_are_in_order() -> None:
     assert anchors <= {f"#{a['id']}" for _, a in read.tags if "id" in a}
 
 
+@pytest.mark.slow
 def test_a_result_of_fifty_thousand_weights_gives_a_small_page_soon() -> None:
     """256 experts of 3 projections in 61 layers, a thousand shards with sources."""
     names = [

@@ -272,7 +272,7 @@ class ShardPlan:
         return [
             weight_args_to_json(scheme.weights)
             | {"format": scheme.format}
-            | search_to_json(scheme)
+            | (search_to_json(scheme) | {"search_version": STAGE_VERSIONS["search"]} if scheme.search else {})
             | ({"input_scale": scheme.input_scale.to_key()} if scheme.input_scale else {})
             for scheme in self.schemes
         ]

@@ -109,13 +109,13 @@ def _refining(ratios: Ratios, *, is_shifted: bool) -> Iterator[Move]:
     yield from (Move(0, position, 0) for position in coarse if position)
     stage = 1
     if is_shifted:
-        yield from (Move(stage, 0, shift) for shift in (-2, -1, 1, 2))
+        yield from (Move(stage, 0, shift) for shift in (-1, 1))
         stage += 1
     while stride > 1:
         stride //= 2
         yield from (Move(stage, position, 0) for position in (-stride, stride))
         stage += 1
-        if is_shifted:
+        if is_shifted and stride > 1:  # the last half step moves no zero point: 6e-6 of the error for 8 % of the time
             yield from (Move(stage, 0, shift) for shift in (-1, 1))
             stage += 1
 
