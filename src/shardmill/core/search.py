@@ -42,15 +42,17 @@ class Ratios(NamedTuple):
 INT_RATIOS: Final = {
     2: Ratios(0.3125, 1.25, 4, 7),
     3: Ratios(0.5, 1.25, 4, 7),
-    4: Ratios(0.6875, 1.25, 4, 7),
+    4: Ratios(0.75, 1.25, 4, 7),
     5: Ratios(0.75, 1.1875, 5, 8),
     6: Ratios(0.875, 1.125, 6, 9),
     7: Ratios(0.90625, 1.09375, 6, 9),
     8: Ratios(0.9375, 1.0625, 7, 9),
 }
 """By bits. Above 1 too: a symmetric scale of `amax / (code_max + 0.5)` clips the largest number by half a step."""
-FLOAT8_RATIOS: Final = Ratios(0.875, 2.0, 3, 6)
-"""One octave: the grid of a float repeats itself after that."""
+ASYMMETRIC_RATIOS: Final = {4: Ratios(0.8125, 1.25, 4, 7)}
+"""Where they differ: a zero point clips one end alone, so that none of the lower ones is ever the best."""
+FLOAT8_RATIOS: Final = Ratios(1.0, 1.875, 3, 6)
+"""Within an octave: the grid of a float repeats itself after that."""
 
 
 class Move(NamedTuple):
@@ -87,10 +89,17 @@ def moves_of(args: WeightArgs) -> Moves:
         return Moves(moves=_window(*NVFP4_WINDOW), unit=0.0, magic=2.0**7)
     if args.is_mx:
         return Moves(moves=_window(*MX_WINDOW[args.num_bits]), unit=0.0, magic=2.0 ** (7 if args.num_bits == 4 else 13))
-    ratios = FLOAT8_RATIOS if args.type == "float" else INT_RATIOS[args.num_bits]
+    ratios = _ratios_of(args)
     magic = 2.0**15 if args.type == "float" else 2.0 ** (7 if args.num_bits < 5 else 10)
     found = tuple(_refining(ratios, is_shifted=not args.symmetric))
     return Moves(moves=found, unit=2.0**-ratios.fine_bits, magic=magic)
+
+
+def _ratios_of(args: WeightArgs) -> Ratios:
+    if args.type == "float":
+        return FLOAT8_RATIOS
+    usual = INT_RATIOS[args.num_bits]
+    return usual if args.symmetric else ASYMMETRIC_RATIOS.get(args.num_bits, usual)
 
 
 def _window(low: int, high: int) -> tuple[Move, ...]:
