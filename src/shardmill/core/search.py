@@ -50,7 +50,7 @@ INT_RATIOS: Final = {
 }
 """By bits. Above 1 too: a symmetric scale of `amax / (code_max + 0.5)` clips the largest number by half a step."""
 ASYMMETRIC_RATIOS: Final = {4: Ratios(0.8125, 1.25, 4, 7)}
-"""Where they differ: a zero point clips one end alone, so that none of the lower ones is ever the best."""
+"""Where they differ: on real weights and on heavy tails none of the lower ones was ever the best."""
 FLOAT8_RATIOS: Final = Ratios(1.0, 1.875, 3, 6)
 """Within an octave: the grid of a float repeats itself after that."""
 
