@@ -109,7 +109,7 @@ def _window(low: int, high: int) -> tuple[Move, ...]:
 def _refining(ratios: Ratios, *, is_shifted: bool) -> Iterator[Move]:
     """Coarse positions, the nearest first, since a good one found early spares the rest of bad ones; then halves.
 
-    Zero points are looked for in between, at the best position so far.
+    Zero points are looked for once, at the best position of the first halving.
     """
     whole = 1 << ratios.fine_bits
     stride = whole >> ratios.coarse_bits
@@ -117,14 +117,11 @@ def _refining(ratios: Ratios, *, is_shifted: bool) -> Iterator[Move]:
     coarse = sorted(range(low, high + 1, stride), key=lambda position: (abs(position), position))
     yield from (Move(0, position, 0) for position in coarse if position)
     stage = 1
-    if is_shifted:
-        yield from (Move(stage, 0, shift) for shift in (-1, 1))
-        stage += 1
-    while stride > 1:
+    for halving in range(ratios.fine_bits - ratios.coarse_bits):
         stride //= 2
         yield from (Move(stage, position, 0) for position in (-stride, stride))
         stage += 1
-        if is_shifted and stride > 1:  # the last half step moves no zero point: 6e-6 of the error for 8 % of the time
+        if is_shifted and not halving:  # in every stage: 2e-4 of the error less, for eight tries more
             yield from (Move(stage, 0, shift) for shift in (-1, 1))
             stage += 1
 
