@@ -138,7 +138,8 @@ def test_finished_shards_are_hits_and_their_bytes_are_not_waited_for(
     assert sum(outcome.is_hit for outcome in w4.outcomes) == 3
     assert not any(outcome.is_hit for outcome in fp8.outcomes)
     again = convert(source, home, "W4A16", "FP8_DYNAMIC")
-    assert all(isinstance(r, RunResult) and all(o.is_hit for o in r.outcomes) for r in again)
+    done = [r.outcomes if isinstance(r, RunResult) else r for r in again]
+    assert done == [(), ()]  # both results are there, and no shard is looked at
 
 
 @pytest.mark.parametrize("lead", [1, 64 << 20])

@@ -382,3 +382,46 @@ def test_files_on_no_block_device_are_written_through_the_page_cache(
     monkeypatch.setattr(os, "major", lambda _device: 0)  # as on a RAM disk
     with FileWriter(tmp_path, "a", 100 * BLOCK) as writer:
         assert isinstance(writer._stream, local._Stream)
+
+
+@pytest.mark.parametrize("is_held", [False, True], ids=["swept", "about to be swept"])
+def test_a_file_that_is_swept_before_it_is_locked_is_created_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_held: bool
+) -> None:
+    create, held = os.open, list[int]()
+
+    def open_and_sweep(path: str | Path, flags: int, mode: int = 0o777) -> int:
+        fd = create(path, flags, mode)
+        if flags & os.O_CREAT and not held:
+            held.append(create(path, os.O_RDONLY))
+            fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not is_held:
+                Path(path).unlink()
+                os.close(held[0])
+        return fd
+
+    monkeypatch.setattr(os, "open", open_and_sweep)
+    LocalFolder(tmp_path).put("a", b"data")
+    assert held
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"data"}
+    if is_held:
+        os.close(held[0])
+
+
+def test_a_sweep_does_not_disturb_the_canary(tmp_path: Path) -> None:
+    folder, is_over = LocalFolder(tmp_path), threading.Event()
+
+    def sweep() -> None:
+        while not is_over.is_set():
+            folder.sweep()
+
+    sweeper = threading.Thread(target=sweep)
+    sweeper.start()
+    try:
+        assert [folder.probe() for _ in range(200)] == [[]] * 200
+        for _ in range(200):
+            folder.put("a", b"data", durable=False)
+    finally:
+        is_over.set()
+        sweeper.join()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -37,6 +37,8 @@ _DIRECT_BLOCKS: Final = 4
 """What a file that is written past the page cache may have on its way to the disk."""
 _ALIGNMENT: Final = 4096
 """Of memory, offsets and lengths that bypass the page cache; a multiple of every disk's block."""
+_CREATE_TRIES: Final = 20
+"""Temporary files that sweeps may remove before they are locked, one after another."""
 _TEMPORARY: Final = ".shardmill-*.tmp"
 _READ: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 
@@ -244,22 +246,34 @@ class FileWriter:
     def __init__(self, root: Path, name: str, size: int, *, mode: int = 0o666) -> None:
         self._root, self._name = root, name
         folder = (root / name).parent
-        self._temporary = folder / _TEMPORARY.replace("*", secrets.token_hex(12))
+        self._temporary = folder / _TEMPORARY
+        self._fd = -1
         self._hashes = BlobHashes(size)
         self._stream: _Stream | _DirectStream | None = None
         if not folder.is_dir():
             with operation("create", folder):
                 folder.mkdir(parents=True, exist_ok=True)
-        with operation("create", self._temporary):
-            self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-        with _without_file(self), operation("lock", self._temporary):
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not any(self._create(folder, mode) for _ in range(_CREATE_TRIES)):
+            raise StorageFailed(
+                errno.EBUSY, f"create {show(str(self._temporary), 200)} failed: it is removed each time"
+            )
         if size:
             with _without_file(self), operation("allocate", self._temporary):
                 os.posix_fallocate(self._fd, 0, size)
         is_direct = size >= _DIRECT_BYTES * _DIRECT_BLOCKS and _set_direct(self._fd, on=True)
         with _without_file(self), operation("create", self._temporary):
             self._stream = _DirectStream(self._fd) if is_direct else _Stream(self._fd)
+
+    def _create(self, folder: Path, mode: int) -> bool:
+        """Create the temporary file and lock it; False where a sweep took it for a dead run's before it was locked."""
+        self._temporary = folder / _TEMPORARY.replace("*", secrets.token_hex(12))
+        with operation("create", self._temporary):
+            self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        with _without_file(self), operation("lock", self._temporary):
+            is_ours = _lock(self._fd) and os.fstat(self._fd).st_nlink > 0
+        if not is_ours:
+            self.abort()
+        return is_ours
 
     def __enter__(self) -> Self:
         return self
@@ -360,6 +374,15 @@ def start_write_back(fd: int, offset: int, length: int) -> None:
     """Ask the kernel to start writing a range to the disk; a hint, so that refusal changes nothing but speed."""
     if _sync_file_range is not None:
         _sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE)
+
+
+def _lock(fd: int) -> bool:
+    """Lock a file; False where another one holds it, such as a sweep that is about to remove it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -575,7 +598,7 @@ def _try_file(path: Path) -> bool:
     """Create, write, read and delete a file; it is locked, so that nobody takes it for one that a dead run left."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(fd)  # a sweep that was quicker removes its name, and what was opened still tells what is asked
         os.write(fd, b"canary")
         os.fsync(fd)
         return os.pread(fd, 64, 0) == b"canary"
