@@ -42,7 +42,8 @@ from crash import sites
 from crash.sites import Places, Site
 from shardmill.core.receipt import parse_receipt
 from shardmill.core.recipe import uniform
-from shardmill.errors import DestinationInvalid, ShardFailures, ShardmillError, StorageFailed
+from shardmill.errors import Refused, ShardFailures, ShardmillError, StorageFailed
+from shardmill.kernels.lanes import CpuLane
 from shardmill.stages.pipeline import run
 from shardmill.stages.plan import Locations
 from shardmill.storage.operations import Faults, watched
@@ -116,10 +117,10 @@ def describe(error: BaseException) -> str:
 
 
 def is_storage_error(error: BaseException) -> bool:
-    """Whether an error says that a storage operation failed, directly or as that of all failed shards."""
+    """Whether an error says that a storage operation failed: itself, or that of all failed shards, or of a place."""
     if isinstance(error, ShardFailures):
         return all(is_storage_error(cause) for _, cause in error.failures)
-    if isinstance(error, DestinationInvalid):
+    if isinstance(error, Refused):
         return all(p.kind in ("destination-unwritable", "storage-unreachable") for p in error.problems)
     return isinstance(error, StorageFailed)
 
@@ -257,6 +258,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     options = parser.parse_args()
     shutil.rmtree(options.folder / "attempts", ignore_errors=True)
+    load_ahead(with_transformers=options.load)
     model = options.folder / "source"
     if not model.exists():
         sites.toy_model(model)
@@ -270,6 +272,16 @@ def main() -> None:
     report = battery.run(options.first, options.every)
     json.dump(asdict(report), sys.stdout, indent=1)
     sys.exit(bool(report.failures))
+
+
+def load_ahead(*, with_transformers: bool) -> None:
+    """Load what every fork would load again: the compiled kernels, and the loaders of transformers."""
+    lane, block = CpuLane(), memoryview(bytes(2 * 16 * 256))
+    extent = lane.measure(block, "BF16", (16, 256))
+    for group in uniform(SCHEME).groups:
+        lane.encode(block, "BF16", (16, 256), group.scheme, extent)
+    if with_transformers:
+        from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
 
 def make_site(kind: str, root: Path, model: Path) -> Site:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import IO, Any
 
 import numpy as np
@@ -29,8 +30,8 @@ from shardmill.errors import Interrupted, NonFiniteWeight
 from shardmill.kernels import pieces, reference
 from shardmill.kernels import shard as shard_module
 from shardmill.kernels.crew import Crew, Window
-from shardmill.kernels.lanes import BlockSize, CpuLane, EncodedBlock
-from shardmill.kernels.shard import encode_shard
+from shardmill.kernels.lanes import BlockSize, CpuLane, EncodedBlock, TorchLane
+from shardmill.kernels.shard import Loan, encode_shard
 from strategies import Table, checkpoint_of
 
 KIB = 1024
@@ -509,6 +510,68 @@ def test_shards_side_by_side_share_a_small_window(monkeypatch: pytest.MonkeyPatc
     check_usable(crew)
 
 
+# What is lent
+
+
+class Lender:
+    """Lends what begins where `lends` says; spoils it when it is given back."""
+
+    def __init__(self, source: Source, lends: Callable[[int], bool]) -> None:
+        self.source, self.lends = source, lends
+        self.ended: list[int] = []
+        self.begun: list[int] = []
+
+    def lend(self, name: str, offset: int, nbytes: int) -> Loan | None:
+        if not self.lends(offset):
+            return None
+        data = bytearray(nbytes)
+        self.source.read(name, offset, memoryview(data))
+        self.begun.append(offset)
+
+        def give_back() -> None:
+            self.ended.append(offset)
+            data[:] = b"\xff" * nbytes
+
+        return Lent(memoryview(data).toreadonly(), give_back)
+
+
+@dataclass(frozen=True)
+class Lent:
+    view: memoryview
+    give_back: Callable[[], None]
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("scheme", ["NVFP4A16", "FP8_DYNAMIC", "W8A8", "FP8_BLOCK", "W4A16"])
+def test_lent_bytes_give_the_same_and_are_given_back(scheme: str, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_hand(monkeypatch, new_crew())
+    group = {"scheme": scheme} | ({"group_size": 32} if scheme == "W4A16" else {})
+    [shard] = plans([nvfp4_table()], [group], {"model_type": "llama"})
+    lender = Lender(Source((shard,)), lambda offset: offset // KIB % every == 0)
+    assert encoded(shard, lender.source, lend=lender.lend) == oracle(shard, Source((shard,)))
+    assert sorted(lender.begun) == sorted(lender.ended)
+    assert len(lender.begun) > 4
+
+
+def test_lent_bytes_are_given_back_where_a_weight_is_bad(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_hand(monkeypatch, new_crew())
+    shard = nvfp4()
+    lender = Lender(Source((shard,)), lambda _offset: True)
+    lender.source.spoil(shard, shard.tensors[-1].spec.name, 7)
+    with pytest.raises(NonFiniteWeight):
+        encoded(shard, lender.source, lend=lender.lend)
+    assert sorted(lender.begun) == sorted(lender.ended)
+
+
+def test_a_lane_with_memory_of_its_own_borrows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = BlockSize(4 * KIB)
+    by_hand(monkeypatch, new_crew(new_lane=lambda: TorchLane("cpu", size)))
+    shard = nvfp4()
+    lender = Lender(Source((shard,)), lambda _offset: True)
+    assert encoded(shard, lender.source, lend=lender.lend) == oracle(shard, Source((shard,)))
+    assert lender.begun == []
+
+
 # What is read twice
 
 
@@ -531,13 +594,16 @@ class Room:
         return True
 
 
-def nvfp4(count: int = 2) -> ShardPlan:
-    table: Table = {
+def nvfp4_table(count: int = 2) -> Table:
+    return {
         f"model.layers.{layer}.mlp.{leaf}_proj.weight": ("BF16", (64, 64))
         for layer in range(count)
         for leaf in ("down", "gate", "up")
     }
-    [shard] = plans([table], [{"scheme": "NVFP4A16"}], {"model_type": "llama"})
+
+
+def nvfp4(count: int = 2) -> ShardPlan:
+    [shard] = plans([nvfp4_table(count)], [{"scheme": "NVFP4A16"}], {"model_type": "llama"})
     return shard
 
 

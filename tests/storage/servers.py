@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import secrets
@@ -109,7 +110,9 @@ class S3Server:
 def run_moto() -> Iterator[S3Server]:
     """Start moto at a free port of this process."""
     os.environ["S3_UPLOAD_PART_MIN_SIZE"] = str(SMALLEST_PART)  # moto reads it when it is imported
+    from moto import backends
     from moto.core.models import DEFAULT_ACCOUNT_ID
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication
     from moto.s3.models import s3_backends
     from moto.s3.responses import S3Response
     from moto.server import ThreadedMotoServer
@@ -118,6 +121,10 @@ def run_moto() -> Iterator[S3Server]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     list_uploads = S3Response.list_multipart_uploads
+    # at every request it would list the folders of its package, and match the host with the patterns of all services
+    modules, backend_of = backends.list_of_moto_modules, DomainDispatcherApplication.get_backend_for_host
+    backends.list_of_moto_modules = functools.cache(lambda: frozenset(modules()))
+    DomainDispatcherApplication.get_backend_for_host = functools.cache(backend_of)  # type: ignore[method-assign]
 
     def list_uploads_of_today(response: S3Response) -> Any:
         status, headers, body = list_uploads(response)
@@ -132,6 +139,8 @@ def run_moto() -> Iterator[S3Server]:
         yield S3Server(f"http://{host}:{port}", "moto-access", "moto-secret-of-the-tests", SMALLEST_PART, backend)
     finally:
         S3Response.list_multipart_uploads = list_uploads  # type: ignore[method-assign]
+        backends.list_of_moto_modules = modules
+        DomainDispatcherApplication.get_backend_for_host = backend_of  # type: ignore[method-assign]
         server.stop()
 
 

@@ -117,6 +117,15 @@ def take(reader: Reader, offset: int, length: int) -> bytes:
     return bytes(found)
 
 
+def borrow(reader: Reader, offset: int, length: int) -> bytes | None:
+    loan = reader.lend(offset, length)
+    if loan is None:
+        return None
+    found = bytes(loan.view)
+    loan.give_back()
+    return found
+
+
 def numbers(server: Server, since: int = 0) -> list[int]:
     return [start // BLOCK for start in server.starts[since:]]
 
@@ -164,8 +173,10 @@ def test_reads_are_those_of_the_bytes_within_the_budget(
         return flying[-1]
 
     with open_(submit, size=size, block_bytes=block_bytes, blocks=blocks) as reader:
-        for offset, length in ranges:
-            assert take(reader, offset, length) == DATA[offset : offset + length]
+        for number, (offset, length) in enumerate(ranges):
+            lent = borrow(reader, offset, length) if (seed >> number) % 2 else None
+            found = take(reader, offset, length) if lent is None else lent
+            assert found == DATA[offset : offset + length]
         assert reader.bytes_read == sum(length for _, length in ranges)
     assert not writing
     assert all(future.done() for future in flying)
@@ -201,7 +212,7 @@ def test_a_small_file_takes_one_short_request() -> None:
         assert take(reader, 0, 100) == DATA[:100]
     assert (server.starts, server.lengths) == ([0], [100])
     [buffer] = server.buffers.values()
-    assert isinstance(buffer, bytearray)
+    assert isinstance(buffer, np.ndarray)
     assert len(buffer) == 100
 
 
@@ -291,6 +302,104 @@ def test_what_was_read_long_ago_makes_room_first() -> None:
         assert numbers(server, before) == []
         take(reader, 10 * BLOCK, 1)
         assert numbers(server, before) == [10]
+
+
+# ---- what is lent -----------------------------------------------------------------------------------------------
+
+
+def test_what_lies_in_one_block_is_lent_where_it_lies() -> None:
+    server = Server()
+    with open_(server.submit) as reader:
+        loan = reader.lend(BLOCK + 3, 100)
+        assert loan is not None
+        assert loan.view == DATA[BLOCK + 3 :][:100]
+        assert loan.view.readonly
+        assert loan.view.obj in server.buffers.values()
+        loan.give_back()
+        assert reader.bytes_read == 100
+
+
+@pytest.mark.parametrize(("offset", "length"), [(BLOCK - 1, 2), (0, BLOCK + 1), (5, 0), (len(DATA) - 1, 2)])
+def test_what_does_not_is_not_lent_and_not_fetched(offset: int, length: int) -> None:
+    server = Server()
+    with open_(server.submit) as reader:
+        assert reader.lend(offset, length) is None
+        assert reader.bytes_read == 0
+    assert server.starts == []
+
+
+def test_what_is_lent_stays_as_it_is_until_it_is_given_back() -> None:
+    server = Server()
+    with open_(server.submit, blocks=3) as reader:
+        loan = reader.lend(0, BLOCK)
+        assert loan is not None
+        read_blocks(reader, *range(1, 40))
+        assert loan.view == DATA[:BLOCK]
+        lent = id(loan.view.obj)
+        loan.give_back()
+        before = len(server.starts)
+        read_blocks(reader, *range(40, 50))
+        assert numbers(server, before)
+    assert lent in server.buffers
+    assert len(server.buffers) == 3  # so its memory was used again
+
+
+def test_who_needs_the_memory_of_a_loan_waits_for_it(pool: ThreadPoolExecutor) -> None:
+    with open_(Server().submit, blocks=1) as reader:
+        loan = reader.lend(0, BLOCK)
+        assert loan is not None
+        other = pool.submit(take, reader, 5 * BLOCK, BLOCK)
+        time.sleep(0.05)
+        assert not other.done()
+        assert loan.view == DATA[:BLOCK]
+        loan.give_back()
+        assert other.result(timeout=10) == DATA[5 * BLOCK :][:BLOCK]
+
+
+def test_a_loan_counts_as_one_of_two_reads() -> None:
+    server, room = Server(), KeptRoom(20 * BLOCK)
+    with open_(server.submit, blocks=2, room=room) as reader:
+        assert reader.announce([span(0, 10)])
+        for index in (*range(10), *range(5)):
+            assert borrow(reader, index * BLOCK, BLOCK) == DATA[index * BLOCK :][:BLOCK]
+        assert room.lent == 5 * BLOCK
+        read_blocks(reader, *range(5, 10))
+        assert room.lent == 0
+    assert sorted(numbers(server)) == sorted(set(numbers(server)))
+
+
+def test_loans_that_end_late_do_not_undo_what_was_read_meanwhile() -> None:
+    server, room = Server(), KeptRoom(20 * BLOCK)
+    with open_(server.submit, blocks=2, room=room) as reader:
+        assert reader.announce([span(0, 4)])
+        loans = [reader.lend(index * BLOCK, BLOCK) for index in range(4)]
+        for loan in reversed(loans):
+            assert loan is not None
+            loan.give_back()
+        assert room.lent == 4 * BLOCK  # all of it is read again
+        read_blocks(reader, *range(4))
+        assert room.lent == 0
+    assert sorted(numbers(server)) == sorted(set(numbers(server)))
+
+
+def test_a_block_that_came_back_different_is_not_lent() -> None:
+    server = Server()
+    with open_(server.submit, blocks=1) as reader:
+        read_blocks(reader, 0, 5)
+        server.flips = {0: 3}
+        assert reader.lend(0, BLOCK) is None
+        with pytest.raises(TransferDamaged, match="differ from what was read"):
+            take(reader, 0, BLOCK)
+
+
+def test_a_block_that_cannot_be_fetched_is_told_to_the_borrower_and_leaves_no_loan() -> None:
+    server = Server()
+    server.errors[0] = StorageUnavailable(errno.EIO, "get: no answer")
+    with open_(server.submit, blocks=1) as reader:
+        with pytest.raises(StorageUnavailable, match="no answer"):
+            reader.lend(0, BLOCK)
+        read_blocks(reader, 5)
+        assert borrow(reader, 0, BLOCK) == DATA[:BLOCK]
 
 
 # ---- what is read twice ------------------------------------------------------------------------------------------

@@ -85,6 +85,9 @@ class EncodedBlock:
 class Lane(Protocol):
     """What encoding a shard asks of the arithmetic; blocks are raw bytes of a dtype and shape."""
 
+    needs_staging: bool
+    """Whether blocks have to lie in its staging memory."""
+
     def staging(self, length: int) -> memoryview:
         """Memory to read source bytes into; it lasts until the next call."""
 
@@ -117,15 +120,17 @@ class Lane(Protocol):
 class CpuLane:
     """`kernels.cpu` on arrays."""
 
+    needs_staging = False
+
     def __init__(self) -> None:
         self._workspace = cpu.Workspace()
-        self._staging = bytearray()
+        self._staging = np.empty(0, np.uint8)
 
     def staging(self, length: int) -> memoryview:
         """As `Lane.staging`."""
         if len(self._staging) < length or len(self._staging) > max(length, _KEPT_BYTES):
-            self._staging = bytearray(length)
-        return memoryview(self._staging)[:length]
+            self._staging = np.empty(length, np.uint8)
+        return self._staging.data[:length]
 
     def measure(self, block: memoryview, dtype: str, shape: tuple[int, ...]) -> Extent:
         """As `Lane.measure`."""
@@ -173,6 +178,8 @@ class CpuLane:
 
 class TorchLane:
     """`kernels.reference` on a device."""
+
+    needs_staging = True
 
     def __init__(self, device: str, size: BlockSize) -> None:
         import torch  # takes seconds to import, and the CPU needs none of it

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import IO, Final
+from typing import IO, Final, Protocol
 
 from shardmill.core.dtypes import BITS, COMPUTABLE
 from shardmill.core.input_scale import PARAM as INPUT_SCALE
@@ -37,6 +37,8 @@ WriteChunk = Callable[[memoryview], None]
 """Appends bytes to the data section of the output shard."""
 ReadRange = Callable[[str, int, memoryview], None]
 """Fills the view with bytes of the named shard, from an offset counted from the start of its file."""
+Lend = Callable[[str, int, int], "Loan | None"]
+"""Gives bytes of the named shard, from an offset on, where they lie in memory; None where they have to be read."""
 Announce = Callable[[Sequence[tuple[int, int]]], bool]
 """Hears of ranges of the shard's own file, begin and end, that are read twice from now on; False to be asked later.
 
@@ -50,6 +52,22 @@ OnNonFinite = Callable[[NonFinite], None]
 HELD_BYTES: Final = 8 << 20
 """Scales of a weight that are held in memory until its codes are written."""
 _COPY_OUT_BYTES: Final = 4 << 20
+
+
+class Loan(Protocol):
+    """Bytes that somebody else holds; `give_back` follows, once, when they are not needed any more."""
+
+    @property
+    def view(self) -> memoryview:
+        """Read-only."""
+
+    @property
+    def give_back(self) -> Callable[[], None]:
+        """Ends the loan."""
+
+
+def _lend_nothing(_shard: str, _offset: int, _nbytes: int) -> Loan | None:
+    return None
 
 
 def _at_once(_ranges: Sequence[tuple[int, int]]) -> bool:
@@ -69,6 +87,7 @@ def encode_shard(  # noqa: PLR0913 - what comes from outside, each with a defaul
     layout: ShardLayout | None = None,
     importance_of: ImportanceOf = alike,
     peek: ReadRange | None = None,
+    lend: Lend = _lend_nothing,
 ) -> tuple[WeightRecord, ...]:
     """Compute one output shard and hand its data section to `write`, in the planned order and without the header.
 
@@ -80,6 +99,7 @@ def encode_shard(  # noqa: PLR0913 - what comes from outside, each with a defaul
         layout: of the shard, where it is known already.
         importance_of: how much errors in each input feature of a module count, where scales are searched.
         peek: reads what lies out of turn, such as scales; `read` where there is none.
+        lend: asked first, in place of `read`, for what is not needed any more when the arithmetic is done.
 
     Raises:
         NonFiniteWeight: NaN or Inf in a weight that is to be quantized; the first in the order of the output.
@@ -94,6 +114,7 @@ def encode_shard(  # noqa: PLR0913 - what comes from outside, each with a defaul
         cut(shard, layout.units, crew.block),
         read,
         peek or read,
+        lend,
         announce,
         output,
         should_stop,
@@ -288,6 +309,7 @@ class _Encoding:
     pieces: Iterator[Piece | Twice]
     read: ReadRange
     peek: ReadRange
+    lend: Lend
     announce: Announce
     output: _Output
     should_stop: Callable[[], bool]
@@ -327,9 +349,12 @@ class _Encoding:
             if taken is None:
                 self.crew.give_lane(lane)
                 return self.put_off is not None
-            number, piece, data = taken
+            number, piece, data, give_back = taken
             with self._booked_until_failure(piece):
-                write = self._work(piece, lane, data)
+                try:
+                    write = self._work(piece, lane, data)
+                finally:
+                    give_back()
             self._hand_in(number, _Result(write, lane, piece.held_bytes))
         except BaseException:
             self._give_up()
@@ -342,8 +367,8 @@ class _Encoding:
             self.is_over = True
             self.changed.notify_all()
 
-    def _take(self, lane: Lane) -> tuple[int, Piece, memoryview | Stored] | None:
-        """The next piece and its source bytes; reading is in order because the lock is held."""
+    def _take(self, lane: Lane) -> tuple[int, Piece, memoryview | Stored, Callable[[], None]] | None:
+        """The next piece, its source bytes, and what ends their loan; reading is in order because the lock is held."""
         if self.is_over or self.put_off is not None:
             return None
         if self.should_stop():
@@ -355,19 +380,24 @@ class _Encoding:
             if isinstance(piece, Measure | Gauge):
                 with self.changed:
                     self.missing[piece.key] = self.missing.get(piece.key, 0) + 1
-            data = self._fetch(piece, lane)
+            data, give_back = self._fetch(piece, lane)
         number = self.taken
         self.taken += 1
-        return number, piece, data
+        return number, piece, data, give_back
 
-    def _fetch(self, piece: Piece, lane: Lane) -> memoryview | Stored:
-        """What a piece is made of."""
+    def _fetch(self, piece: Piece, lane: Lane) -> tuple[memoryview | Stored, Callable[[], None]]:
+        """What a piece is made of, and what is to be called when it is not needed any more."""
         if isinstance(piece, Gauge | Decoding):
-            return piece.fetch(self.read, self.peek)
-        data = lane.staging(piece.span.length)
-        if piece.span.length:
-            self.read(piece.span.shard, piece.span.begin, data)
-        return data
+            return piece.fetch(self.read, self.peek), _nothing
+        span = piece.span
+        if isinstance(piece, Measure | Encode) and not lane.needs_staging:
+            loan = self.lend(span.shard, span.begin, span.length)
+            if loan is not None:
+                return loan.view, loan.give_back
+        data = lane.staging(span.length)
+        if span.length:
+            self.read(span.shard, span.begin, data)
+        return data, _nothing
 
     def _next_piece(self) -> Piece | None:
         """The next piece; None when there is none, or while what comes twice is put off."""

@@ -229,6 +229,7 @@ def measure_shard(shard: ShardPlan, source: SourceFolder, store: Store, controls
             new_scratch=store.new_scratch,
             importance_of=importance_of,
             peek=sources.peek,
+            lend=sources.lend,
         )
         sources.close()
         store.remember(sources.identities[shard.name], sources.digests[shard.name])

@@ -19,7 +19,7 @@ from shardmill.stages.devices import DevicePool, limit_threads
 from shardmill.stages.importance import importance_of
 from shardmill.stages.plan import collection_paused
 from shardmill.stages.validate import check_unchanged
-from shardmill.storage.folder import FileIdentity, Reader
+from shardmill.storage.folder import FileIdentity, Loan, Reader
 from shardmill.storage.hashing import SourceHash
 from shardmill.storage.source import SourceFolder
 from shardmill.storage.store import Store, blob_name
@@ -101,6 +101,21 @@ class Sources:
             if self.source.folder.traits.is_remote:
                 self._confirm(name, offset, view)
             return
+        self._note(offset, view)
+
+    def lend(self, name: str, offset: int, nbytes: int) -> Loan | None:
+        """As `read`, of bytes of the shard itself that lie in memory; None where they have to be read."""
+        if name != self.shard.name:
+            return None
+        if self.hash is not None:
+            self.hash.reach(offset)
+        loan = self.open(name).lend(offset, nbytes)
+        if loan is not None:
+            self._note(offset, loan.view)
+        return loan
+
+    def _note(self, offset: int, view: memoryview) -> None:
+        """Hash bytes of the shard that were read, and report them."""
         if self.hash is not None:
             self.hash.cover(offset, view)
         fresh = min(len(view), self.shard.size - self.reported)
@@ -261,6 +276,7 @@ def _compute(sources: Sources, store: Store, controls: Controls) -> Receipt:
                 layout=layout,
                 importance_of=importance_of,
                 peek=sources.peek,
+                lend=sources.lend,
             )
         except BaseException:
             writer.abort()

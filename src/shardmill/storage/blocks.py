@@ -8,6 +8,7 @@ them ever waits for another.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -19,7 +20,8 @@ from typing import Final, Self
 from blake3 import blake3
 
 from shardmill.errors import SourceChanged, TransferDamaged, show
-from shardmill.storage.folder import FileIdentity
+from shardmill.storage.buffers import copy_bytes, new_buffer
+from shardmill.storage.folder import FileIdentity, Loan
 
 _TRIES: Final = 2
 """Fetches of a block that must differ from the first one before the difference is believed."""
@@ -42,7 +44,7 @@ class KeptRoom:
         self.limit = nbytes
         self._lent: dict[int, int] = {}
         """By reader; those that hold nothing are not in it."""
-        self._spare: list[bytearray] = []
+        self._spare: list[memoryview] = []
         """Buffers whose memory is in use already, which costs as much as to fill them."""
         self._spare_bytes = 0
         self._readers = 0
@@ -91,16 +93,16 @@ class KeptRoom:
             if not self._lent[reader]:
                 del self._lent[reader]
 
-    def buffer(self, nbytes: int) -> bytearray:
+    def buffer(self, nbytes: int) -> memoryview:
         """Memory of exactly this size."""
         with self._lock:
             for number, spare in enumerate(self._spare):
                 if len(spare) == nbytes:
                     self._spare_bytes -= nbytes
                     return self._spare.pop(number)
-        return bytearray(nbytes)
+        return new_buffer(nbytes)
 
-    def put_by(self, buffer: bytearray) -> None:
+    def put_by(self, buffer: memoryview) -> None:
         """Keep memory for others that nothing writes to any more, as much as is not lent at the moment."""
         with self._lock:
             if self._spare_bytes + len(buffer) <= self.limit - self.lent:
@@ -147,7 +149,7 @@ class _Twice:
 class _Block:
     """One block of the file in memory, or on its way there."""
 
-    def __init__(self, index: int, buffer: bytearray, future: Future[None], tick: int) -> None:
+    def __init__(self, index: int, buffer: memoryview, future: Future[None], tick: int) -> None:
         self.index = index
         self.buffer = buffer
         self.future = future
@@ -221,7 +223,7 @@ class BlockReader:
         self._changed = threading.Condition()
         """Guards what follows; notified when a block arrives or is let go."""
         self._held: dict[int, _Block] = {}
-        self._free: list[bytearray] = []
+        self._free: list[memoryview] = []
         self._allocated = 0
         self._digests: dict[int, bytes] = {}
         self._is_once = False
@@ -372,6 +374,32 @@ class BlockReader:
             with self._changed:
                 self._read_on(offset, end)
 
+    def lend(self, offset: int, nbytes: int) -> Loan | None:
+        """See `Reader.lend`: what lies in one block is lent."""
+        end = offset + nbytes
+        index = offset // self._block_bytes
+        if not nbytes or end > self.identity.size or (end - 1) // self._block_bytes != index:
+            return None
+        with self._changed:
+            self._follow(index, index)
+        block = self._pin(index, index)
+        try:
+            block.future.result()
+            is_same = self._is_same(block)
+        except BaseException:
+            self._unpin(block)
+            raise
+        if not is_same:
+            self._unpin(block)
+            return None  # whoever reads it instead tries again, and hears of it
+        skip = offset - index * self._block_bytes
+        block.note(skip, skip + nbytes)
+        with self._changed:
+            self.bytes_read += nbytes
+            if self._twice:
+                self._read_on(offset, end)
+        return Loan(block.buffer[skip : skip + nbytes].toreadonly(), functools.partial(self._unpin, block))
+
     def _follow(self, first: int, last: int) -> None:
         """Fetch farther ahead while reads go forward, less far when they jump to what is not there."""
         if self._last is not None:
@@ -388,7 +416,7 @@ class BlockReader:
             try:
                 block.future.result()
                 if self._is_same(block):
-                    view[:] = memoryview(block.buffer)[skip : skip + len(view)]
+                    copy_bytes(view, block.buffer[skip : skip + len(view)])
                     block.note(skip, skip + len(view))
                     return
             finally:
@@ -419,7 +447,7 @@ class BlockReader:
             return block.is_checked
 
     def _digest(self, block: _Block) -> bytes:
-        return blake3(memoryview(block.buffer)[: self._length(block.index)]).digest()
+        return blake3(block.buffer[: self._length(block.index)]).digest()
 
     def _length(self, index: int) -> int:
         return min(self._block_bytes, self.identity.size - index * self._block_bytes)
@@ -481,7 +509,7 @@ class BlockReader:
             self._reach_limit = max(1, self._most // 2)
             self._reach = min(self._reach, self._reach_limit)
         try:
-            future = self._submit(index * self._block_bytes, memoryview(buffer)[: self._length(index)])
+            future = self._submit(index * self._block_bytes, buffer[: self._length(index)])
         except Exception as error:  # noqa: BLE001 - told to whoever asks for the block, as if it came later
             future = Future()
             future.set_exception(error)

@@ -7,7 +7,7 @@ kind it works with; what a kind cannot do is told by `Folder.traits`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -62,6 +62,15 @@ class Traits:
     """Whether bytes cross a network, which may damage them."""
 
 
+@dataclass(frozen=True, slots=True)
+class Loan:
+    """Bytes of a file where they lie in memory; `give_back` must follow, once, when nobody looks at them any more."""
+
+    view: memoryview
+    """Read-only."""
+    give_back: Callable[[], None]
+
+
 class Reader(Protocol):
     """An open file; every byte it gives belongs to `identity`."""
 
@@ -87,6 +96,13 @@ class Reader(Protocol):
             SourceChanged: the file is another one by now, or ends before the view is full.
             StorageFailed: the storage refuses.
             TransferDamaged: bytes that were read twice differ.
+        """
+
+    def lend(self, offset: int, nbytes: int) -> Loan | None:
+        """Give the bytes from `offset` on without a copy; None where only `read_into` gives them.
+
+        It counts as a read, and raises the same. Loans take up memory that later reads may wait for: who holds one must
+        not read on before it is given back, unless another thread gives it back.
         """
 
     def announce(self, ranges: Sequence[tuple[int, int]]) -> bool:

@@ -33,7 +33,7 @@ from shardmill.errors import (
     show,
 )
 from shardmill.storage.blocks import BlockReader
-from shardmill.storage.folder import FileIdentity, Folder, Reader, Traits, Writer
+from shardmill.storage.folder import FileIdentity, Folder, Loan, Reader, Traits, Writer
 from shardmill.storage.hub_cache import (
     COMMIT,
     CachedFile,
@@ -176,6 +176,10 @@ class _CachedReader:
 
     def expect_once(self, *, announces: bool) -> None:
         """As `Reader.expect_once`; nothing is remembered anyway."""
+
+    def lend(self, offset: int, nbytes: int) -> Loan | None:
+        """As `Reader.lend`."""
+        return self._file.lend(offset, nbytes)
 
     def announce(self, ranges: Sequence[tuple[int, int]]) -> bool:
         """As `Reader.announce`."""

@@ -22,7 +22,7 @@ from typing import Final, Self, cast
 
 from shardmill.core.receipt import BlobDigests
 from shardmill.errors import FileTooLarge, ObjectMissing, Problem, SourceChanged, StorageFailed, show
-from shardmill.storage.folder import FileIdentity, Folder, Traits
+from shardmill.storage.folder import FileIdentity, Folder, Loan, Traits
 from shardmill.storage.guard import open_inside, real_file
 from shardmill.storage.hashing import BlobHashes
 from shardmill.storage.operations import operation
@@ -93,6 +93,10 @@ class RangeReader:
 
     def expect_once(self, *, announces: bool) -> None:
         """As `Reader.expect_once`; nothing is remembered anyway."""
+
+    def lend(self, offset: int, nbytes: int) -> Loan | None:  # noqa: ARG002
+        """As `Reader.lend`; nothing lies in memory of ours."""
+        return None
 
     def announce(self, ranges: Sequence[tuple[int, int]]) -> bool:  # noqa: ARG002 - the page cache keeps what is read twice
         """As `Reader.announce`."""

@@ -15,7 +15,7 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from shardmill.core.receipt import BlobDigests
 from shardmill.errors import FileTooLarge, ObjectMissing, Problem, SourceChanged, StorageFailed, refuse, show
-from shardmill.storage.folder import FileIdentity, Folder, Traits
+from shardmill.storage.folder import FileIdentity, Folder, Loan, Traits
 from shardmill.storage.hashing import BlobHashes
 from shardmill.storage.operations import operation
 
@@ -253,6 +253,10 @@ class MemoryReader:
 
     def expect_once(self, *, announces: bool) -> None:
         """As `Reader.expect_once`; nothing is remembered anyway."""
+
+    def lend(self, offset: int, nbytes: int) -> Loan | None:  # noqa: ARG002
+        """As `Reader.lend`; nothing lies in memory of ours."""
+        return None
 
     def announce(self, ranges: Sequence[tuple[int, int]]) -> bool:  # noqa: ARG002 - everything is kept
         """As `Reader.announce`."""

@@ -21,6 +21,7 @@ from urllib.parse import quote, unquote
 
 from shardmill.core.receipt import BlobDigests
 from shardmill.errors import ObjectMissing, StorageFailed, StorageUnavailable, show
+from shardmill.storage.buffers import copy_bytes, new_buffer
 from shardmill.storage.hashing import BlobHashes
 from shardmill.storage.operations import operation
 from shardmill.storage.s3_client import CLEANUP_SECONDS, Body, Client, Place, transfer_seconds, wait_for
@@ -354,7 +355,7 @@ class S3Writer:
             if self._used == len(self._buffer):
                 self._next_buffer()
             count = min(len(rest), len(self._buffer) - self._used)
-            self._buffer[self._used : self._used + count] = rest[:count]
+            copy_bytes(self._buffer[self._used : self._used + count], rest[:count])
             self._used += count
             self._taken += count
             rest = rest[count:]
@@ -405,7 +406,7 @@ class S3Writer:
     def _next_buffer(self) -> None:
         """Take a buffer: a new one where there may be more, else one whose part has arrived."""
         if self._buffers.take():
-            self._buffer = memoryview(bytearray(min(self._part_bytes, self._size)))
+            self._buffer = new_buffer(min(self._part_bytes, self._size))
         else:
             self._buffer = self._free.get()
         self._used = 0

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from shardmill.errors import SourceChanged, show
-from shardmill.storage.folder import FileIdentity, Reader
+from shardmill.storage.folder import FileIdentity, Loan, Reader
 from shardmill.storage.source import SourceFolder
 
 BLOCK_BYTES: Final = 4 << 20
@@ -168,6 +168,10 @@ class _SharedReader:
 
     def expect_once(self, *, announces: bool) -> None:
         """As `Reader.expect_once`; other runs may read the same again."""
+
+    def lend(self, offset: int, nbytes: int) -> Loan | None:  # noqa: ARG002
+        """As `Reader.lend`; what a run is given here is dropped when the others have it."""
+        return None
 
     def announce(self, ranges: Sequence[tuple[int, int]]) -> bool:
         """As `Reader.announce`: what fits is kept; who is far ahead of another run is to come back later."""
