@@ -87,7 +87,7 @@ def test_a_run_on_disk_survives_a_disk_that_fails_anywhere(
 @pytest.mark.s3
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("fault", ["kill", "ENOSPC"])
+@pytest.mark.parametrize("fault", ["kill", "ENOSPC", "EIO", "EACCES"])
 def test_a_run_in_a_bucket_survives_what_goes_wrong_anywhere(tmp_path: Path, moto: S3Server, fault: str) -> None:
     report = try_points(tmp_path, "--fault", fault, every=7, first=offset(7), server=moto)
     assert_stopped(report["outcomes"], report["attempts"])
