@@ -40,6 +40,7 @@ class Server:
         self.buffers: dict[int, object] = {}
         self.errors: dict[int, Exception] = {}
         """By start: the failure of the next request."""
+        self.on_submit: Callable[[memoryview], None] = lambda _view: None
         self.flips: dict[int, int] = {}
         """By start: how many requests are answered wrong."""
 
@@ -53,6 +54,7 @@ class Server:
         self.starts.append(start)
         self.lengths.append(len(view))
         self.buffers[id(view.obj)] = view.obj
+        self.on_submit(view)
 
     def answer(self, start: int, view: memoryview, future: Future[None]) -> None:
         error = self.errors.pop(start, None)
@@ -335,13 +337,109 @@ def test_what_is_lent_stays_as_it_is_until_it_is_given_back() -> None:
         assert loan is not None
         read_blocks(reader, *range(1, 40))
         assert loan.view == DATA[:BLOCK]
-        lent = id(loan.view.obj)
+        before, lent = len(server.starts), loan.view.obj
         loan.give_back()
-        before = len(server.starts)
+        again: list[object] = []
+        server.on_submit = lambda view: again.append(view.obj)
         read_blocks(reader, *range(40, 50))
         assert numbers(server, before)
-    assert lent in server.buffers
-    assert len(server.buffers) == 3  # so its memory was used again
+        assert any(buffer is lent for buffer in again)
+    assert len(server.buffers) == 3
+
+
+@pytest.mark.parametrize(("blocks", "most"), [(1, 1), (2, 1), (3, 1), (4, 2), (8, 4)])
+def test_loans_leave_half_of_the_blocks_to_be_filled(blocks: int, most: int) -> None:
+    with open_(Server().submit, blocks=blocks) as reader:
+        loans = [reader.lend(index * BLOCK, 10) for index in range(most)]
+        assert all(loans)
+        assert reader.lend(most * BLOCK, 10) is None
+        loans.append(reader.lend(20, 10))  # of a block that is lent already
+        assert reader.bytes_read == (most + 1) * 10
+        for loan in loans:
+            assert loan is not None
+            loan.give_back()
+        assert borrow(reader, most * BLOCK, 10) == DATA[most * BLOCK :][:10]
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+def test_memory_that_loans_held_up_is_given_back_with_them(blocks: int) -> None:
+    server, room = Server(), KeptRoom(20 * BLOCK)
+    with open_(server.submit, blocks=blocks, room=room) as reader, open_(Server().submit, room=room):
+        assert reader.announce([span(0, 8)])
+        read_blocks(reader, *range(8))
+        loans = []
+        for index in range(8):
+            loan = reader.lend(index * BLOCK, BLOCK)
+            if loan is None:
+                read_blocks(reader, index)
+            else:
+                loans.append(loan)
+        assert room.lent == 0
+        assert 0 < len(loans) <= blocks  # more would take memory that others were promised
+        for loan in loans:
+            loan.give_back()
+        spare = {id(room.buffer(BLOCK).obj) for _ in range(20)} & set(server.buffers)
+        assert len(spare) >= len(server.buffers) - blocks
+
+
+def test_memory_of_a_loan_that_ends_while_its_reader_closes_is_given_to_one_reader(pool: ThreadPoolExecutor) -> None:
+    server, room, flying = Server(), KeptRoom(10 * BLOCK), list[tuple[int, memoryview, Future[None]]]()
+
+    def submit(start: int, view: memoryview) -> Future[None]:
+        if not start:
+            return server.submit(start, view)
+        future: Future[None] = Future()
+        future.set_running_or_notify_cancel()
+        flying.append((start, view, future))
+        return future
+
+    with open_(Server().submit, room=room):
+        reader = open_(submit, blocks=3, room=room)
+        reader.expect_once(announces=False)
+        loan = reader.lend(0, BLOCK)
+        assert loan is not None
+        closing = pool.submit(reader.__exit__, None, None, None)
+        time.sleep(0.05)
+        assert not closing.done()
+        loan.give_back()
+        for start, view, future in flying:
+            server.answer(start, view, future)
+        closing.result(timeout=10)
+        found = [room.buffer(BLOCK) for _ in range(6)]
+        assert len({id(buffer.obj) for buffer in found}) == len(found)
+
+
+@pytest.mark.parametrize("announces", [True, False])
+def test_a_block_that_is_fetched_again_against_the_promise_is_lent_once_two_fetches_agree(*, announces: bool) -> None:
+    server = Server()
+    with open_(server.submit, blocks=2) as reader:
+        reader.expect_once(announces=announces)
+        for index in range(6):
+            assert borrow(reader, index * BLOCK, BLOCK) == DATA[index * BLOCK :][:BLOCK]
+        server.flips = {0: 1}
+        assert reader.lend(0, BLOCK) is None
+        with pytest.raises(TransferDamaged):
+            take(reader, 0, BLOCK)
+    server = Server()
+    with open_(server.submit, blocks=2) as reader:
+        reader.expect_once(announces=announces)
+        for index in range(6):
+            assert borrow(reader, index * BLOCK, BLOCK) == DATA[index * BLOCK :][:BLOCK]
+        assert reader.lend(0, BLOCK) is None
+        read_blocks(reader, 0)
+        assert borrow(reader, 0, BLOCK) == DATA[:BLOCK]
+
+
+def test_a_partly_lent_block_that_comes_back_different_is_damaged() -> None:
+    server = Server()
+    with open_(server.submit, blocks=1) as reader:
+        reader.expect_once(announces=False)
+        assert borrow(reader, 0, 100) == DATA[:100]
+        read_blocks(reader, 5)
+        server.flips = {0: 3}
+        assert reader.lend(100, 100) is None
+        with pytest.raises(TransferDamaged):
+            take(reader, 100, 100)
 
 
 def test_who_needs_the_memory_of_a_loan_waits_for_it(pool: ThreadPoolExecutor) -> None:

@@ -345,7 +345,7 @@ class _Encoding:
         lane = self.crew.take_lane()
         try:
             with self.taking:
-                taken = self._take(lane)
+                taken = self._take_or_give_up(lane)
             if taken is None:
                 self.crew.give_lane(lane)
                 return self.put_off is not None
@@ -366,6 +366,14 @@ class _Encoding:
         with self.changed:
             self.is_over = True
             self.changed.notify_all()
+
+    def _take_or_give_up(self, lane: Lane) -> tuple[int, Piece, memoryview | Stored, Callable[[], None]] | None:
+        """As `_take`; where that fails nobody takes a piece after it."""
+        try:
+            return self._take(lane)
+        except BaseException:
+            self._give_up()
+            raise
 
     def _take(self, lane: Lane) -> tuple[int, Piece, memoryview | Stored, Callable[[], None]] | None:
         """The next piece, its source bytes, and what ends their loan; reading is in order because the lock is held."""

@@ -111,7 +111,11 @@ class Sources:
             self.hash.reach(offset)
         loan = self.open(name).lend(offset, nbytes)
         if loan is not None:
-            self._note(offset, loan.view)
+            try:
+                self._note(offset, loan.view)
+            except BaseException:
+                loan.give_back()
+                raise
         return loan
 
     def _note(self, offset: int, view: memoryview) -> None:

@@ -156,7 +156,8 @@ class _Block:
         self.tick = tick
         """When it was last wanted."""
         self.pins = 0
-        """Reads that wait for it or copy out of it."""
+        """Reads that wait for it or copy out of it, and loans."""
+        self.loans = 0
         self.is_checked = False
         """Whether it is known to be what an earlier fetch brought."""
         self.read_to = 0
@@ -253,9 +254,10 @@ class BlockReader:
             self._changed.notify_all()
         try:
             wait([block.future for block in blocks if not block.future.cancel()])
-            quiet = [block.buffer for block in blocks if not block.pins and not block.future.cancelled()]
-            for buffer in (*self._free, *quiet):
-                self._room.put_by(buffer)
+            with self._changed:
+                quiet = [block.buffer for block in blocks if not block.pins and not block.future.cancelled()]
+                for buffer in (*self._free, *quiet):
+                    self._room.put_by(buffer)
         finally:
             self._free.clear()
             self._room.leave(id(self))
@@ -375,30 +377,43 @@ class BlockReader:
                 self._read_on(offset, end)
 
     def lend(self, offset: int, nbytes: int) -> Loan | None:
-        """See `Reader.lend`: what lies in one block is lent."""
+        """See `Reader.lend`: what lies in one block is lent, while most of its own blocks are free to be filled."""
         end = offset + nbytes
         index = offset // self._block_bytes
         if not nbytes or end > self.identity.size or (end - 1) // self._block_bytes != index:
             return None
         with self._changed:
+            if not self._may_lend(index):
+                return None
             self._follow(index, index)
         block = self._pin(index, index)
         try:
             block.future.result()
-            is_same = self._is_same(block)
+            if not self._is_same(block):
+                self._unpin(block)
+                return None  # whoever reads it instead tries again, and hears of it
+            skip = offset - index * self._block_bytes
+            block.note(skip, skip + nbytes)
+            with self._changed:
+                self.bytes_read += nbytes
+                if self._twice:
+                    self._read_on(offset, end)
+                block.loans += 1
         except BaseException:
             self._unpin(block)
             raise
-        if not is_same:
-            self._unpin(block)
-            return None  # whoever reads it instead tries again, and hears of it
-        skip = offset - index * self._block_bytes
-        block.note(skip, skip + nbytes)
+        return Loan(block.buffer[skip : skip + nbytes].toreadonly(), functools.partial(self._end_loan, block))
+
+    def _may_lend(self, index: int) -> bool:
+        """Whether loans leave enough blocks to be filled; those that are kept are beside its own until they are not."""
+        lent = [block.index for block in self._held.values() if block.loans and not self._is_kept(block.index)]
+        most = self._own if self._is_kept(index) else max(1, self._own // 2)
+        return index in lent or len(lent) < most
+
+    def _end_loan(self, block: _Block) -> None:
         with self._changed:
-            self.bytes_read += nbytes
-            if self._twice:
-                self._read_on(offset, end)
-        return Loan(block.buffer[skip : skip + nbytes].toreadonly(), functools.partial(self._unpin, block))
+            block.loans -= 1
+        self._unpin(block)
 
     def _follow(self, first: int, last: int) -> None:
         """Fetch farther ahead while reads go forward, less far when they jump to what is not there."""
@@ -482,6 +497,8 @@ class BlockReader:
             block.pins -= 1
             if not block.pins and self._held.get(block.index) is not block:
                 self._recycle(block)
+            if self._last is not None:
+                self._trim(self._last)  # room may have been given back while it was pinned
             self._changed.notify_all()
 
     def _look_ahead(self, index: int, last: int) -> None:
@@ -569,5 +586,5 @@ class BlockReader:
         """Use the buffer of a block again that is neither held nor pinned."""
         if block.future.cancelled():
             self._allocated -= 1
-        else:
+        elif not self._is_closed:  # else whoever closes it sees to the buffer
             self._free.append(block.buffer)
