@@ -6,8 +6,6 @@ milliseconds for 16 MiB, in which the thread of the event loop can neither send 
 
 from __future__ import annotations
 
-import numpy as np
-
 _SMALL_BYTES = 64 << 10
 """What is shorter is copied sooner than numpy has looked at it."""
 
@@ -18,6 +16,8 @@ def new_buffer(nbytes: int) -> memoryview:
     >>> len(new_buffer(5))
     5
     """
+    import numpy as np  # takes a while, and plans and hits need none of it
+
     return np.empty(nbytes, np.uint8).data
 
 
@@ -31,5 +31,7 @@ def copy_bytes(target: memoryview, data: memoryview) -> None:
     """
     if len(target) < _SMALL_BYTES:
         target[:] = data
-    else:
-        np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(data, np.uint8))
+        return
+    import numpy as np  # as above
+
+    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(data, np.uint8))

@@ -255,7 +255,7 @@ class MemoryReader:
         """As `Reader.expect_once`; nothing is remembered anyway."""
 
     def lend(self, offset: int, nbytes: int) -> Loan | None:  # noqa: ARG002
-        """As `Reader.lend`; nothing lies in memory of ours."""
+        """As `Reader.lend`; the folder may drop its bytes at any time."""
         return None
 
     def announce(self, ranges: Sequence[tuple[int, int]]) -> bool:  # noqa: ARG002 - everything is kept
