@@ -16,7 +16,8 @@ import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from typing import Any, Self
 
 os.environ.setdefault("S3_UPLOAD_PART_MIN_SIZE", "65536")  # read by moto when it is imported
@@ -25,6 +26,9 @@ import pytest
 from aiobotocore.awsrequest import AioAWSResponse
 from blake3 import blake3
 from botocore.exceptions import ConnectionClosedError
+from botocore.utils import parse_timestamp
+from hypothesis import given
+from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
 
 from shardmill.core.digest import Digest, canonical_json
@@ -588,6 +592,48 @@ def test_create_where_conditions_are_refused(folder: S3Folder, server: Server) -
 
 
 # ---- reads that are disturbed
+
+
+TIMES = st.datetimes(datetime(1970, 1, 1), datetime(2200, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001
+
+
+@given(TIMES, st.sampled_from(["auto", "seconds", "milliseconds"]))
+def test_times_are_read_as_botocore_reads_them(time: datetime, precision: str) -> None:
+    iso = time.isoformat(timespec=precision)
+    header = format_datetime(time, usegmt=True)
+    for text in (iso, iso.replace("+00:00", "Z"), header, header.replace("GMT", "+0000")):
+        assert s3_client.read_time(text) == parse_timestamp(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["0", "1700000000.5", 1700000000, "20260131T101112Z", "Sunday, 06-Nov-94 08:49:37 GMT"]
+)
+def test_times_in_other_spellings_are_left_to_botocore(text: Any) -> None:
+    assert s3_client.read_time(text) == parse_timestamp(text)
+
+
+@pytest.mark.parametrize("text", ["", "never", "2026-13-01T00:00:00Z", None])
+def test_what_is_no_time_is_refused_as_botocore_does(text: Any) -> None:
+    with pytest.raises((ValueError, RuntimeError, TypeError)) as expected:
+        parse_timestamp(text)
+    with pytest.raises(expected.type):
+        s3_client.read_time(text)
+
+
+def test_requests_tell_which_program_sends_them(folder: S3Folder) -> None:
+    folder.put("file", b"data")
+    sent: list[bytes] = []
+
+    def note(request: Any, **_: Any) -> None:
+        sent.append(request.headers["User-Agent"])
+
+    async def listen() -> None:
+        session = await connect()._fs.set_session()
+        session.meta.events.register("before-send.s3", note)
+
+    asyncio.run_coroutine_threadsafe(listen(), connect()._fs.loop).result()
+    folder.identity("file")
+    assert [re.match(rb"shardmill/\d+\.\d+", agent) is not None for agent in sent] == [True], sent
 
 
 def test_other_object_is_noticed_at_the_first_read(folder: S3Folder) -> None:
