@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from shardmill.errors import SourceChanged, StorageFailed
 from shardmill.storage import hashing, local
+from shardmill.storage.folder import Loan
 from shardmill.storage.hashing import SourceHash, hash_edges, hash_file
 from shardmill.storage.local import FileWriter, LocalFolder, RangeReader, remove_dead_temporaries
 
@@ -205,6 +206,25 @@ def test_what_is_covered_in_order_is_not_read_again(tmp_path: Path, cuts: tuple[
             digest.cover(begin, memoryview(data)[begin:end])
         assert digest.finish().value == blake3(data).hexdigest()
         assert reader.bytes_read == 0
+
+
+@pytest.mark.parametrize("lends", [1, 2, 3])
+def test_what_lies_in_memory_is_hashed_where_it_is(tmp_path: Path, lends: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hashing, "_CHUNK_BYTES", 4)
+    data = bytes(range(30))
+    (tmp_path / "a").write_bytes(data)
+    ended: list[int] = []
+
+    def lend(offset: int, nbytes: int) -> Loan | None:
+        if offset // 4 % lends:
+            return None
+        return Loan(memoryview(data)[offset : offset + nbytes], lambda: ended.append(offset))
+
+    with RangeReader(tmp_path / "a") as reader:
+        monkeypatch.setattr(reader, "lend", lend)
+        assert SourceHash(reader).finish().value == blake3(data).hexdigest()
+        assert ended == list(range(0, 30, 4 * lends))
+        assert reader.bytes_read == 30 - sum(min(4, 30 - begin) for begin in ended)
 
 
 # Past the page cache

@@ -12,6 +12,7 @@ from blake3 import blake3
 from shardmill.core.digest import Digest
 from shardmill.core.receipt import BlobDigests
 from shardmill.errors import TransferDamaged, show
+from shardmill.storage.buffers import new_buffer
 from shardmill.storage.folder import FileIdentity, Folder, Reader
 
 EDGE_BYTES: Final = 64_000_000
@@ -94,13 +95,24 @@ class SourceHash:
         return found
 
     def _catch_up(self, end: int) -> None:
-        if end > self._seen and not self._buffer:
-            self._buffer = memoryview(bytearray(_CHUNK_BYTES))
         while self._seen < end:
-            view = self._buffer[: min(_CHUNK_BYTES, end - self._seen)]
-            self._reader.read_into(self._seen, view)
-            self._hash.update(view)
-            self._seen += len(view)
+            length = min(_CHUNK_BYTES, end - self._seen)
+            loan = self._reader.lend(self._seen, length)
+            if loan is None:
+                self._hash.update(self._read(length))
+            else:
+                try:
+                    self._hash.update(loan.view)
+                finally:
+                    loan.give_back()
+            self._seen += length
+
+    def _read(self, length: int) -> memoryview:
+        if not self._buffer:
+            self._buffer = new_buffer(_CHUNK_BYTES)
+        view = self._buffer[:length]
+        self._reader.read_into(self._seen, view)
+        return view
 
 
 def _short(digest: Digest) -> str:
