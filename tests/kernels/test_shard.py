@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardmill.core.dtypes import BITS, scale_dtype_for
-from shardmill.core.layout import Unit
+from shardmill.core.layout import Unit, row_spans
 from shardmill.core.plan import ShardPlan
 from shardmill.core.planner import build_plan
 from shardmill.core.recipe import parse_recipe
@@ -32,6 +32,7 @@ from shardmill.kernels import shard as shard_module
 from shardmill.kernels.crew import Crew, Window
 from shardmill.kernels.lanes import BlockSize, CpuLane, EncodedBlock, TorchLane
 from shardmill.kernels.shard import Loan, encode_shard
+from shardmill.storage.blocks import seams_of
 from strategies import Table, checkpoint_of
 
 KIB = 1024
@@ -551,6 +552,34 @@ def test_lent_bytes_give_the_same_and_are_given_back(scheme: str, every: int, mo
     assert encoded(shard, lender.source, lend=lender.lend) == oracle(shard, Source((shard,)))
     assert sorted(lender.begun) == sorted(lender.ended)
     assert len(lender.begun) > 4
+
+
+@pytest.mark.parametrize("block", [3 * KIB, 40 * KIB])
+@pytest.mark.parametrize("most", [20 * KIB, 50 * KIB])
+@pytest.mark.parametrize("scheme", ["NVFP4A16", "FP8_DYNAMIC", "FP8_BLOCK", "W4A16"])
+def test_row_blocks_keep_to_one_side_of_seams(
+    scheme: str, most: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_hand(monkeypatch, new_crew(block=block))
+    group = {"scheme": scheme} | ({"group_size": 32} if scheme == "W4A16" else {})
+    table = {
+        f"a.{n}.weight": ("BF16", (rows, cols)) for n, (rows, cols) in enumerate([(333, 128), (512, 96), (64, 64)])
+    }
+    [shard] = plans([table], [group])
+    rows = row_spans(shard.layout().units, shard.data_start)
+    seams = seams_of(shard.size, most, rows)
+    asked: list[tuple[int, int]] = []
+
+    def lend(_name: str, begin: int, nbytes: int) -> None:
+        asked.append((begin, begin + nbytes))
+
+    source = Source((shard,))
+    assert encoded(shard, source, lend=lend, seams=seams) == oracle(shard, source)
+    assert any(span.begin < seam < span.end for seam in seams for span in rows)
+    steps = {span.step for span in rows if 2 * span.step >= most}
+    assert bool(steps) == (scheme == "FP8_BLOCK"), "steps that are too long for these blocks"
+    if not steps:
+        assert not [(begin, end) for begin, end in asked if any(begin < seam < end for seam in seams)]
 
 
 def test_lent_bytes_are_given_back_where_a_weight_is_bad(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from shardmill.core.layout import row_spans
 from shardmill.core.plan import ShardPlan
 from shardmill.core.planner import build_plan
 from shardmill.core.recipe import uniform
@@ -71,8 +72,8 @@ class Remote:
         self.shard, self.data, self.pool = shard, data, pool
         self.times = np.random.default_rng(len(data))
         identity = FileIdentity(url=f"s3://b/{shard.name}", version="1", size=len(data))
-        self.reader = BlockReader(identity, self.submit, block_bytes=8 * KIB, blocks=blocks, room=room)
-        self.reader.expect_once(announces=True)
+        self.reader = BlockReader(identity, self.submit, block_bytes=18 * KIB, blocks=blocks, room=room)
+        self.reader.expect_once(announces=True, rows=row_spans(shard.layout().units, shard.data_start))
         self.lent = 0
 
     def submit(self, start: int, view: memoryview) -> Future[None]:
@@ -95,7 +96,14 @@ class Remote:
     def encode(self) -> bytes:
         written = bytearray()
         with self.reader as reader:
-            encode_shard(self.shard, self.read, written.extend, announce=reader.announce, lend=self.lend)
+            encode_shard(
+                self.shard,
+                self.read,
+                written.extend,
+                announce=reader.announce,
+                lend=self.lend,
+                seams=reader.seams,
+            )
         return bytes(written)
 
 

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shardmill.core.layout import RowSpan
 from shardmill.errors import SourceChanged, StorageFailed, StorageUnavailable, TransferDamaged
-from shardmill.storage.blocks import BlockReader, KeptRoom
+from shardmill.storage.blocks import BlockReader, KeptRoom, seams_of
 from shardmill.storage.folder import FileIdentity, Reader
 
 DATA = np.random.default_rng(1).bytes(1 << 16)
@@ -751,6 +752,73 @@ def test_who_reads_once_has_the_beginning_fetched_before_it_asks(*, announces: b
         read_blocks(reader, *range(30))
     assert sorted(numbers(server)) == sorted(set(numbers(server)))
     assert len(server.buffers) == fetched
+
+
+def spans(bounds: list[int], steps: list[int]) -> list[RowSpan]:
+    """Ranges of whole steps between each two bounds, some of them empty."""
+    return [
+        RowSpan(begin, begin + (end - begin) // step * step, step)
+        for begin, end, step in zip(bounds[::2], bounds[1::2], steps, strict=False)
+    ]
+
+
+row_spans = st.builds(
+    spans,
+    st.lists(st.integers(0, len(DATA)), min_size=2, max_size=12, unique=True).map(sorted),
+    st.lists(st.integers(1, 2 * BLOCK), min_size=6, max_size=6),
+)
+
+
+@given(rows=row_spans, most=st.integers(1, 3 * BLOCK))
+def test_blocks_end_between_steps_of_rows_where_these_are_short(rows: list[RowSpan], most: int) -> None:
+    seams = seams_of(len(DATA), most, rows)
+    ends = [*seams[1:], len(DATA)]
+    assert seams[0] == 0
+    assert all(0 < end - begin <= most for begin, end in zip(seams, ends, strict=True))
+    assert all(end - begin >= most // 2 for begin, end in zip(seams[:-1], ends[:-1], strict=True))
+    for span in rows:
+        amid = [seam for seam in seams if span.begin < seam < span.end and (seam - span.begin) % span.step]
+        assert not amid or span.step >= most // 2
+
+
+@given(
+    rows=row_spans,
+    parts=st.lists(st.tuples(st.integers(0, len(DATA) - 1), st.integers(1, 4 * BLOCK), st.booleans()), max_size=30),
+    announced=st.none() | st.tuples(st.integers(0, len(DATA)), st.integers(1, 8 * BLOCK)),
+)
+def test_blocks_of_any_length_give_the_bytes_of_the_file(
+    rows: list[RowSpan], parts: list[tuple[int, int, bool]], announced: tuple[int, int] | None
+) -> None:
+    server = Server()
+    with open_(server.submit, room=KeptRoom(6 * BLOCK)) as reader:
+        reader.expect_once(announces=announced is not None, rows=rows)
+        if announced is not None:
+            assert reader.announce([(announced[0], min(len(DATA), sum(announced)))])
+        for begin, length, is_lent in parts:
+            end = min(len(DATA), begin + length)
+            found = borrow(reader, begin, end - begin) if is_lent else None
+            assert (found or take(reader, begin, end - begin)) == DATA[begin:end]
+    blocks = dict(zip(reader.seams, np.diff([*reader.seams, len(DATA)]).tolist(), strict=True))
+    assert all(blocks[start] == length for start, length in zip(server.starts, server.lengths, strict=True))
+
+
+def test_what_lies_between_two_seams_is_lent() -> None:
+    server = Server()
+    with open_(server.submit) as reader:
+        reader.expect_once(announces=False, rows=[RowSpan(100, 100 + 60 * 300, 300)])
+        assert list(reader.seams[:4]) == [0, 1000, 1900, 2800]
+        assert borrow(reader, 1000, 900) == DATA[1000:1900]
+        assert borrow(reader, 1900, 901) is None
+        assert take(reader, 1900, 901) == DATA[1900:2801]
+
+
+def test_blocks_that_were_fetched_stay_as_they_are() -> None:
+    server = Server()
+    with open_(server.submit) as reader:
+        take(reader, 5, 5)
+        reader.expect_once(announces=False, rows=[RowSpan(100, 100 + 60 * 300, 300)])
+        read_blocks(reader, *range(10))
+    assert sorted(numbers(server)) == sorted(set(numbers(server)))
 
 
 @pytest.mark.parametrize("flipped", [None, 1, 2])

@@ -103,6 +103,26 @@ def rows_per_block(unit: Unit, args: WeightArgs, block_bytes: int) -> int:
     return max(step, block_bytes // max(1, unit.row_bytes) // step * step)
 
 
+class RowSpan(NamedTuple):
+    """A byte range of a source shard whose rows are worked on in whole steps; counted from the start of its file."""
+
+    begin: int
+    end: int
+    step: int
+    """Bytes; a row block begins at a multiple of it."""
+
+
+def row_spans(units: Iterable[Unit], data_start: int) -> list[RowSpan]:
+    """Where the rows of weights lie that are quantized as they are, in the order of the file."""
+    spans = []
+    for unit in units:
+        if unit.scheme is not None and unit.is_contiguous and unit.decode is None:
+            begin = data_start + unit.begin + unit.first * unit.row_bytes
+            step = row_alignment(unit.scheme.weights) * unit.row_bytes
+            spans.append(RowSpan(begin, begin + unit.rows * unit.row_bytes, step))
+    return sorted(spans)
+
+
 def scale_shape(args: WeightArgs, rows: int, cols: int) -> tuple[int, ...]:
     """Shape of `weight_scale` for a `[rows, cols]` weight.
 

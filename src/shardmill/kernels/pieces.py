@@ -7,6 +7,7 @@ what they find, so that the page cache still holds what is read a second time.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,7 +16,7 @@ from typing import Final
 from shardmill.core.dtypes import BITS
 from shardmill.core.encoding import Decode, TensorRef
 from shardmill.core.header import TensorSpec
-from shardmill.core.layout import Unit, rows_per_block
+from shardmill.core.layout import Unit, row_alignment, rows_per_block
 from shardmill.core.plan import ShardPlan
 from shardmill.core.recode import can_recode
 from shardmill.core.scheme import Scheme
@@ -212,8 +213,14 @@ def gather_rows(slab: memoryview, unit: Unit, first: int, count: int) -> memoryv
     return gather(slab, unit.tensor.dtype, unit.slab, rows, transposed=unit.transposed)
 
 
-def cut(shard: ShardPlan, units: Sequence[Unit], block: BlockSize) -> Iterator[Piece | Twice]:
-    """Cut the work on a shard into pieces, in the order of its units; `block` may shrink meanwhile."""
+def cut(
+    shard: ShardPlan, units: Sequence[Unit], block: BlockSize, seams: Sequence[int] = ()
+) -> Iterator[Piece | Twice]:
+    """Cut the work on a shard into pieces, in the order of its units; `block` may shrink meanwhile.
+
+    Args:
+        seams: offsets in the file that row blocks keep to one side of, where whole steps of rows end there.
+    """
     fused = {tensor.spec.name: tensor.fused for tensor in shard.tensors if tensor.fused}
     measured: set[str] = set()
     copies: list[tuple[int, Unit]] = []
@@ -227,7 +234,8 @@ def cut(shard: ShardPlan, units: Sequence[Unit], block: BlockSize) -> Iterator[P
             if unit.decode is not None:
                 yield from _copies(shard, copies)
                 copies.clear()
-                yield from _decoding(shard, number, unit, unit.decode, fused.get(unit.tensor.name, ()), measured, block)
+                partners = fused.get(unit.tensor.name, ())
+                yield from _decoding(shard, number, unit, unit.decode, partners, measured, block, seams)
                 continue
             if unit.scheme is None:
                 copies.append((number, unit))
@@ -237,13 +245,13 @@ def cut(shard: ShardPlan, units: Sequence[Unit], block: BlockSize) -> Iterator[P
             key = None
             if unit.scheme.weights.needs_extent:
                 key, refs = _extent_of(shard, unit, unit.scheme, fused.get(unit.tensor.name, ()))
-                yield from _measured(shard, key, refs, measured, block)
-            yield from _encodes(shard, number, unit, unit.scheme, key, block)
+                yield from _measured(shard, key, refs, measured, block, seams)
+            yield from _encodes(shard, number, unit, unit.scheme, key, block, seams)
     yield from _copies(shard, copies)
 
 
 def _measured(
-    shard: ShardPlan, key: str, refs: Sequence[TensorRef], measured: set[str], block: BlockSize
+    shard: ShardPlan, key: str, refs: Sequence[TensorRef], measured: set[str], block: BlockSize, seams: Sequence[int]
 ) -> Iterator[Measure | Gauge | Twice]:
     """Pieces that find an extent, the first time that it is asked for."""
     if key in measured:
@@ -252,7 +260,7 @@ def _measured(
     yield Twice(tuple(_span_of(ref) for ref in refs if ref.shard == shard.name))
     for ref in refs:
         if ref.decode is None:
-            yield from _measures(key, ref, block)
+            yield from _measures(key, ref, block, seams if ref.shard == shard.name else ())
         else:
             yield from gauges(key, ref, ref.decode, range(ref.decode.rows), block)
 
@@ -265,6 +273,7 @@ def _decoding(
     fused: tuple[TensorRef, ...],
     measured: set[str],
     block: BlockSize,
+    seams: Sequence[int],
 ) -> Iterator[Decoding | Gauge | Measure | Twice]:
     """Pieces of one weight that is decoded."""
     rows = range(unit.first, unit.first + unit.rows * unit.step, unit.step)
@@ -277,7 +286,7 @@ def _decoding(
         key, wanted = decoded_extent(unit, decode, scheme, fused)
         own = TensorRef(shard.name, shard.data_start, decode.parts[0][1].spec, decode)
         if wanted is None:
-            yield from _measured(shard, key, fused or (own,), measured, block)
+            yield from _measured(shard, key, fused or (own,), measured, block, seams)
         elif key not in measured:
             measured.add(key)
             yield from gauges(key, own, decode, wanted, block)
@@ -348,23 +357,51 @@ def _span_of(ref: TensorRef) -> Span:
     return Span(ref.shard, ref.data_start + ref.spec.begin, ref.spec.nbytes)
 
 
-def _measures(key: str, ref: TensorRef, block: BlockSize) -> Iterator[Measure]:
+def _rows_before(seams: Sequence[int], begin: int, row_bytes: int, rows: int, most: int, step: int = 1) -> int:
+    """Rows of the next piece, which begins at an offset: at most `most` of the `rows` that follow, whole steps of them.
+
+    Up to a seam that comes before them all they are shared out evenly, so that no small piece is left.
+
+    >>> [_rows_before([100], begin, 10, rows, 4) for begin, rows in ((0, 20), (100, 10), (5, 20))]
+    [4, 4, 4]
+    >>> [_rows_before([0, 50, 70], begin, 10, 9, 4) for begin in (0, 30, 50)]
+    [3, 2, 2]
+    """
+    at = bisect_right(seams, begin)
+    if at < len(seams) and row_bytes:
+        before, rest = divmod(seams[at] - begin, row_bytes)
+        if not rest and not before % step and before < rows:
+            share = -(-before // -(-before // most))
+            return min(before, -(-share // step) * step)
+    return min(most, rows)
+
+
+def _measures(key: str, ref: TensorRef, block: BlockSize, seams: Sequence[int]) -> Iterator[Measure]:
     spec = ref.spec
     row_bytes = spec.nbytes // spec.shape[0]
-    step = max(1, block.nbytes // max(1, row_bytes))
-    for first in range(0, spec.shape[0], step):
-        count = min(step, spec.shape[0] - first)
-        span = Span(ref.shard, ref.data_start + spec.begin + first * row_bytes, count * row_bytes)
-        yield Measure(span, key, spec, first, (count, *spec.shape[1:]))
+    most = max(1, block.nbytes // max(1, row_bytes))
+    first = 0
+    while first < spec.shape[0]:
+        begin = ref.data_start + spec.begin + first * row_bytes
+        count = _rows_before(seams, begin, row_bytes, spec.shape[0] - first, most)
+        yield Measure(Span(ref.shard, begin, count * row_bytes), key, spec, first, (count, *spec.shape[1:]))
+        first += count
 
 
 def _encodes(
-    shard: ShardPlan, number: int, unit: Unit, scheme: Scheme, key: str | None, block: BlockSize
+    shard: ShardPlan,
+    number: int,
+    unit: Unit,
+    scheme: Scheme,
+    key: str | None,
+    block: BlockSize,
+    seams: Sequence[int],
 ) -> Iterator[Encode]:
-    first = 0
+    first, step = 0, row_alignment(scheme.weights)
     while first < unit.rows:
-        count = min(rows_per_block(unit, scheme.weights, block.nbytes), unit.rows - first)
         begin = shard.data_start + unit.begin + (unit.first + first) * unit.row_bytes
+        most = rows_per_block(unit, scheme.weights, block.nbytes)
+        count = _rows_before(seams, begin, unit.row_bytes, unit.rows - first, most, step)
         span = Span(shard.name, begin, count * unit.row_bytes)
         yield Encode(span, number, first + count == unit.rows, unit, scheme, first, count, key)
         first += count

@@ -88,6 +88,7 @@ def encode_shard(  # noqa: PLR0913 - what comes from outside, each with a defaul
     importance_of: ImportanceOf = alike,
     peek: ReadRange | None = None,
     lend: Lend = _lend_nothing,
+    seams: Sequence[int] = (),
 ) -> tuple[WeightRecord, ...]:
     """Compute one output shard and hand its data section to `write`, in the planned order and without the header.
 
@@ -100,18 +101,20 @@ def encode_shard(  # noqa: PLR0913 - what comes from outside, each with a defaul
         importance_of: how much errors in each input feature of a module count, where scales are searched.
         peek: reads what lies out of turn, such as scales; `read` where there is none.
         lend: asked first, in place of `read`, for what is not needed any more when the arithmetic is done.
+        seams: offsets in the shard's own file, in order, that nothing which `lend` gives reaches across.
 
     Raises:
         NonFiniteWeight: NaN or Inf in a weight that is to be quantized; the first in the order of the output.
         DeviceExhausted: the device has no room for the smallest row block.
         Interrupted: `should_stop` said so between two row blocks.
     """
-    crew = crew_of(device, is_torch=needs_torch(shard, device))
+    is_torch = needs_torch(shard, device)
+    crew = crew_of(device, is_torch=is_torch)
     layout = layout or shard.layout()
     output = _Output(layout, write, new_scratch, shard.input_scale_finder())
     encoding = _Encoding(
         crew,
-        cut(shard, layout.units, crew.block),
+        cut(shard, layout.units, crew.block, () if is_torch else seams),
         read,
         peek or read,
         lend,

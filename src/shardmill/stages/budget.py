@@ -218,7 +218,9 @@ def measure_shard(shard: ShardPlan, source: SourceFolder, store: Store, controls
                 sources.learn(name, store, controls.should_stop)
         if needs_torch(shard, device):
             limit_threads(controls.devices.devices)
-        open_unchanged(sources)
+        with collection_paused():
+            layout = shard.layout()
+        open_unchanged(sources, layout)
         weights = encode_shard(
             shard,
             sources.read,
@@ -227,9 +229,11 @@ def measure_shard(shard: ShardPlan, source: SourceFolder, store: Store, controls
             announce=sources.announce,
             should_stop=controls.should_stop,
             new_scratch=store.new_scratch,
+            layout=layout,
             importance_of=importance_of,
             peek=sources.peek,
             lend=sources.lend,
+            seams=sources.seams,
         )
         sources.close()
         store.remember(sources.identities[shard.name], sources.digests[shard.name])

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 
 from shardmill.core.digest import Digest
+from shardmill.core.layout import RowSpan, ShardLayout, row_spans
 from shardmill.core.outcome import ShardOutcome
 from shardmill.core.plan import ShardPlan
 from shardmill.core.receipt import NonFinite, Receipt
@@ -50,6 +51,8 @@ class Sources:
     """Readers of their own for what is read twice, because nothing else tells whether it arrived undamaged."""
     hash: SourceHash | None = None
     """Of the shard itself, while its digest is not known, or where its bytes may be damaged on their way."""
+    rows: Sequence[RowSpan] = ()
+    """Of the shard, where they are known before it is opened."""
     reported: int = 0
 
     def learn(self, name: str, store: Store, stop: Callable[[], bool]) -> int:
@@ -76,7 +79,7 @@ class Sources:
             self.readers[name] = self._open(name)
             if name == self.shard.name:
                 announces = any(scheme.weights.needs_extent for scheme in self.shard.schemes)
-                self.readers[name].expect_once(announces=announces)
+                self.readers[name].expect_once(announces=announces, rows=self.rows)
         return self.readers[name]
 
     def _open(self, name: str) -> Reader:
@@ -137,6 +140,11 @@ class Sources:
         self.open(name).read_into(offset, view)
         if self.source.folder.traits.is_remote:
             self._confirm(name, offset, view)
+
+    @property
+    def seams(self) -> Sequence[int]:
+        """See `Reader.seams`, of the shard itself."""
+        return self.open(self.shard.name).seams
 
     def announce(self, ranges: Sequence[tuple[int, int]]) -> bool:
         """Hear of ranges of the shard itself that are about to be read twice; see `Reader.announce`."""
@@ -237,9 +245,10 @@ def failed_checks(outcomes: Iterable[ShardOutcome], store: Store) -> int:
     return len(store.failed_checks.union(*(outcome.failed_checks for outcome in outcomes)))
 
 
-def open_unchanged(sources: Sources) -> None:
+def open_unchanged(sources: Sources, layout: ShardLayout) -> None:
     """Open the shard and compare headers with the plan, all under the identities that the digests belong to."""
     shard, source = sources.shard, sources.source
+    sources.rows = row_spans(layout.units, shard.data_start)
     sources.open(shard.name)
     sources.start_hash()
     for problem in check_unchanged(shard, source):
@@ -257,7 +266,7 @@ def _compute(sources: Sources, store: Store, controls: Controls) -> Receipt:
     with controls.devices.lend() as device:
         if controls.should_stop():
             raise interrupted()
-        open_unchanged(sources)
+        open_unchanged(sources, layout)
         from shardmill.kernels.lanes import needs_torch  # kernels take long to import, and a hit needs none
         from shardmill.kernels.shard import encode_shard
 
@@ -281,6 +290,7 @@ def _compute(sources: Sources, store: Store, controls: Controls) -> Receipt:
                 importance_of=importance_of,
                 peek=sources.peek,
                 lend=sources.lend,
+                seams=sources.seams,
             )
         except BaseException:
             writer.abort()

@@ -11,6 +11,7 @@ import errno
 import functools
 import os
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Final, Self
 
 from blake3 import blake3
 
+from shardmill.core.layout import RowSpan
 from shardmill.errors import SourceChanged, TransferDamaged, show
 from shardmill.storage.buffers import copy_bytes, new_buffer
 from shardmill.storage.folder import FileIdentity, Loan
@@ -32,6 +34,25 @@ KEPT_BYTES: Final = 240 << 20
 
 def _nothing() -> None:
     """Do nothing."""
+
+
+def seams_of(size: int, most: int, rows: Sequence[RowSpan] = ()) -> Sequence[int]:
+    """Where blocks of at most `most` bytes begin, none of them amid a step of rows unless steps are nearly as long.
+
+    >>> [*seams_of(100, 40)], [*seams_of(100, 40, [RowSpan(10, 80, 20)])]
+    ([0, 40, 80], [0, 30, 70])
+    """
+    if not rows:
+        return range(0, size, most)
+    begins = [span.begin for span in rows]
+    seams = [0]
+    while (end := seams[-1] + most) < size:
+        at = bisect_right(begins, end) - 1
+        if at >= 0 and end < rows[at].end:
+            whole = end - (end - rows[at].begin) % rows[at].step
+            end = whole if whole > seams[-1] + most // 2 else end
+        seams.append(end)
+    return seams
 
 
 class KeptRoom:
@@ -178,7 +199,7 @@ class _Block:
 
 
 class BlockReader:
-    """A remote file read in aligned blocks that are fetched ahead, kept while there is room, and never differ.
+    """A remote file read in fixed blocks that are fetched ahead, kept while there is room, and never differ.
 
     How far it fetches ahead follows the reads: the first one fetches the blocks it needs, and each one that goes
     forward into new blocks doubles the distance. Blocks that were read stay until their room is needed; once one of
@@ -203,7 +224,7 @@ class BlockReader:
             submit: starts to fill a view with the bytes from an offset on, all of them; repeats what fails in passing,
                 and fails with `SourceChanged` when the file is another one by now. Once the future is done, nothing
                 writes into the view; one that could be cancelled may still do.
-            block_bytes: bytes fetched by one request.
+            block_bytes: most bytes fetched by one request.
             blocks: most blocks in memory, but for those that are kept in the room.
             more_blocks: beside them where all is read once and nothing is kept.
             on_close: called once, when nothing is in flight any more.
@@ -213,6 +234,8 @@ class BlockReader:
         self.bytes_read = 0
         self._submit = submit
         self._block_bytes = max(1, min(block_bytes, identity.size))
+        self.seams = seams_of(identity.size, self._block_bytes)
+        """Where blocks begin; fixed once one is fetched."""
         self._own = max(1, blocks)
         self._more_blocks = more_blocks
         self._on_close = on_close
@@ -286,7 +309,7 @@ class BlockReader:
                 self._room.give_back(id(self), granted)
         return True
 
-    def expect_once(self, *, announces: bool) -> None:
+    def expect_once(self, *, announces: bool, rows: Sequence[RowSpan] = ()) -> None:
         """See `Reader.expect_once`: it fetches the beginning, and blocks get a digest if they go before their time.
 
         A block that is fetched again against this promise counts once two fetches of it agree.
@@ -295,6 +318,8 @@ class BlockReader:
             if self._is_once or self._is_closed:
                 return
             self._is_once = True
+            if not self._held and not self._digests:
+                self.seams = seams_of(self.identity.size, self._block_bytes, rows)
             if not announces:
                 self._own += self._more_blocks
                 self._reach_limit = self._own
@@ -306,14 +331,25 @@ class BlockReader:
     def _keep(self, begin: int, end: int, count: int) -> int:
         """Keep the first blocks of a range; returns their bytes."""
         nbytes = count * self._block_bytes
-        kept = min(end, (begin // self._block_bytes + count) * self._block_bytes) if count else begin
+        kept = min(end, self._end(self._index(begin) + count - 1)) if count else begin
         self._twice.append(_Twice(begin, end, kept, nbytes, begin, begin))
         self._lent += count
         return nbytes
 
+    def _index(self, offset: int) -> int:
+        """The block that holds the byte at an offset."""
+        return bisect_right(self.seams, offset) - 1
+
+    def _end(self, index: int) -> int:
+        """End of a block."""
+        return self.seams[index + 1] if index + 1 < len(self.seams) else self.identity.size
+
+    def _length(self, index: int) -> int:
+        return self._end(index) - self.seams[index]
+
     def _span(self, begin: int, end: int) -> int:
         """Blocks that a range touches."""
-        return -(-end // self._block_bytes) - begin // self._block_bytes if begin < end else 0
+        return self._index(end - 1) - self._index(begin) + 1 if begin < end else 0
 
     def _read_on(self, offset: int, end: int) -> None:
         """Give back the room of what was read twice by now."""
@@ -325,7 +361,7 @@ class BlockReader:
                 self._lent -= (twice.lent - rest) // self._block_bytes
                 twice.lent = rest
         self._twice = [twice for twice in self._twice if twice.done < twice.end]
-        self._trim((end - 1) // self._block_bytes)
+        self._trim(self._index(end - 1))
         self._changed.notify_all()
 
     def _trim(self, index: int) -> None:
@@ -341,11 +377,11 @@ class BlockReader:
         return self._own + self._lent
 
     def _is_kept(self, index: int) -> bool:
-        begin, end = index * self._block_bytes, (index + 1) * self._block_bytes
+        begin, end = self.seams[index], self._end(index)
         return any(twice.done < min(end, twice.kept) and begin < twice.kept for twice in self._twice)
 
     def _is_read_again(self, index: int) -> bool:
-        begin, end = index * self._block_bytes, (index + 1) * self._block_bytes
+        begin, end = self.seams[index], self._end(index)
         return any(twice.done < min(end, twice.end) and begin < twice.end for twice in self._twice)
 
     def read_into(self, offset: int, view: memoryview) -> None:
@@ -364,13 +400,13 @@ class BlockReader:
             )
         if offset == end:
             return
-        first, last = offset // self._block_bytes, (end - 1) // self._block_bytes
+        first, last = self._index(offset), self._index(end - 1)
         with self._changed:
             self.bytes_read += len(view)
             self._follow(first, last)
         for index in range(first, last + 1):
-            start = index * self._block_bytes
-            begin, stop = max(offset, start), min(end, start + self._block_bytes)
+            start = self.seams[index]
+            begin, stop = max(offset, start), min(end, self._end(index))
             self._copy(index, last, begin - start, view[begin - offset : stop - offset])
         if self._twice:
             with self._changed:
@@ -379,8 +415,10 @@ class BlockReader:
     def lend(self, offset: int, nbytes: int) -> Loan | None:
         """See `Reader.lend`: what lies in one block is lent, while most of its own blocks are free to be filled."""
         end = offset + nbytes
-        index = offset // self._block_bytes
-        if not nbytes or end > self.identity.size or (end - 1) // self._block_bytes != index:
+        if not nbytes or end > self.identity.size:
+            return None
+        index = self._index(offset)
+        if end > self._end(index):
             return None
         with self._changed:
             if not self._may_lend(index):
@@ -392,7 +430,7 @@ class BlockReader:
             if not self._is_same(block):
                 self._unpin(block)
                 return None  # whoever reads it instead tries again, and hears of it
-            skip = offset - index * self._block_bytes
+            skip = offset - self.seams[index]
             block.note(skip, skip + nbytes)
             with self._changed:
                 self.bytes_read += nbytes
@@ -436,11 +474,9 @@ class BlockReader:
                     return
             finally:
                 self._unpin(block)
-        start = index * self._block_bytes
+        where = f"{show(self.identity.url, 200)}: bytes {self.seams[index]} to {self._end(index)}"
         raise TransferDamaged(
-            errno.EIO,
-            f"{show(self.identity.url, 200)}: bytes {start} to {start + self._length(index)} differ from what was read "
-            "before; check the connection and run again",
+            errno.EIO, f"{where} differ from what was read before; check the connection and run again"
         )
 
     def _is_same(self, block: _Block) -> bool:
@@ -463,9 +499,6 @@ class BlockReader:
 
     def _digest(self, block: _Block) -> bytes:
         return blake3(block.buffer[: self._length(block.index)]).digest()
-
-    def _length(self, index: int) -> int:
-        return min(self._block_bytes, self.identity.size - index * self._block_bytes)
 
     # ---- blocks come and go; all of it under the lock
 
@@ -504,7 +537,7 @@ class BlockReader:
     def _look_ahead(self, index: int, last: int) -> None:
         """Fetch what follows; blocks that are kept are passed over, so that what comes after them is there in time."""
         left = min(last + self._reach - index, self._own - 1)
-        for ahead in range(index + 1, -(-self.identity.size // self._block_bytes)):
+        for ahead in range(index + 1, len(self.seams)):
             if left < 1:
                 return
             is_held = ahead in self._held
@@ -526,7 +559,7 @@ class BlockReader:
             self._reach_limit = max(1, self._most // 2)
             self._reach = min(self._reach, self._reach_limit)
         try:
-            future = self._submit(index * self._block_bytes, buffer[: self._length(index)])
+            future = self._submit(self.seams[index], buffer[: self._length(index)])
         except Exception as error:  # noqa: BLE001 - told to whoever asks for the block, as if it came later
             future = Future()
             future.set_exception(error)

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from shardmill.core.digest import Digest, digest_json
+from shardmill.core.layout import RowSpan
 from shardmill.core.receipt import BlobDigests
 from shardmill.errors import Problem
 
@@ -78,6 +79,10 @@ class Reader(Protocol):
     bytes_read: int
     """Bytes that were asked for so far."""
 
+    @property
+    def seams(self) -> Sequence[int]:
+        """Where the blocks begin that it lends from, in order; none where it lends nothing."""
+
     def __enter__(self) -> Self: ...
 
     def __exit__(
@@ -112,13 +117,14 @@ class Reader(Protocol):
         tells whether to read on just now, or to come back later for the sake of others that read the same file.
         """
 
-    def expect_once(self, *, announces: bool) -> None:
+    def expect_once(self, *, announces: bool, rows: Sequence[RowSpan] = ()) -> None:
         """Promise to read all of it from the beginning on and, but for what is announced, only once.
 
         So the first bytes may be on their way before they are asked for, and what was read need not be remembered.
 
         Args:
             announces: whether there will be ranges to announce; memory is left to them.
+            rows: what will be asked for in whole steps, in the order of the file; seams keep out of their middles.
         """
 
 

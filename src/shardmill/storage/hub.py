@@ -21,6 +21,7 @@ from huggingface_hub.hf_api import ModelInfo, RepoSibling
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented, not marked
 
 from shardmill.core.digest import Digest
+from shardmill.core.layout import RowSpan
 from shardmill.errors import (
     FileTooLarge,
     ObjectMissing,
@@ -146,6 +147,8 @@ class _HubReader(BlockReader):
 class _CachedReader:
     """A file in the library's cache under its identity on the Hub."""
 
+    seams: Sequence[int] = ()
+
     def __init__(self, identity: FileIdentity, cached: CachedFile) -> None:
         self.identity = identity
         self._file = RangeReader(cached.path)
@@ -174,7 +177,7 @@ class _CachedReader:
     ) -> None:
         self._file.__exit__(kind, error, trace)
 
-    def expect_once(self, *, announces: bool) -> None:
+    def expect_once(self, *, announces: bool, rows: Sequence[RowSpan] = ()) -> None:
         """As `Reader.expect_once`; nothing is remembered anyway."""
 
     def lend(self, offset: int, nbytes: int) -> Loan | None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, cast
 
+from shardmill.core.layout import RowSpan
 from shardmill.core.receipt import BlobDigests
 from shardmill.errors import FileTooLarge, ObjectMissing, Problem, SourceChanged, StorageFailed, show
 from shardmill.storage.folder import FileIdentity, Folder, Loan, Traits
@@ -64,6 +65,8 @@ def identify(path: Path, status: os.stat_result) -> FileIdentity:
 class RangeReader:
     """An open source file; raises `SourceChanged` on leaving when the file is not the one it opened."""
 
+    seams: Sequence[int] = ()
+
     def __init__(self, path: Path, open_file: Callable[[], int] | None = None) -> None:
         self.path = path
         self.bytes_read = 0
@@ -91,7 +94,7 @@ class RangeReader:
         if kind is None and after != self.identity:
             raise SourceChanged(f"{show(str(self.path), 200)} changed while it was read; run again")
 
-    def expect_once(self, *, announces: bool) -> None:
+    def expect_once(self, *, announces: bool, rows: Sequence[RowSpan] = ()) -> None:
         """As `Reader.expect_once`; nothing is remembered anyway."""
 
     def lend(self, offset: int, nbytes: int) -> Loan | None:  # noqa: ARG002

@@ -13,6 +13,7 @@ from typing import Any, Final, Self
 
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
+from shardmill.core.layout import RowSpan
 from shardmill.core.receipt import BlobDigests
 from shardmill.errors import FileTooLarge, ObjectMissing, Problem, SourceChanged, StorageFailed, refuse, show
 from shardmill.storage.folder import FileIdentity, Folder, Loan, Traits
@@ -237,6 +238,8 @@ class MemoryFolder:
 class MemoryReader:
     """An open file in memory; raises `SourceChanged` as soon as another one has its name."""
 
+    seams: Sequence[int] = ()
+
     def __init__(self, folder: MemoryFolder, name: str, identity: FileIdentity) -> None:
         self.identity = identity
         self.bytes_read = 0
@@ -251,7 +254,7 @@ class MemoryReader:
         if kind is None:
             self._folder.read_part(self._name, self.identity, 0, 0)
 
-    def expect_once(self, *, announces: bool) -> None:
+    def expect_once(self, *, announces: bool, rows: Sequence[RowSpan] = ()) -> None:
         """As `Reader.expect_once`; nothing is remembered anyway."""
 
     def lend(self, offset: int, nbytes: int) -> Loan | None:  # noqa: ARG002

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from types import TracebackType
 from typing import Final, Self
 
+from shardmill.core.layout import RowSpan
 from shardmill.errors import SourceChanged, show
 from shardmill.storage.folder import FileIdentity, Loan, Reader
 from shardmill.storage.source import SourceFolder
@@ -147,6 +148,8 @@ class _Share:
 class _SharedReader:
     """What one run sees of a shard that it shares; see `Reader`."""
 
+    seams: Sequence[int] = ()
+
     def __init__(self, share: _Share, source: SourceFolder, name: str, run: int) -> None:
         self.identity: FileIdentity = share.reader.identity
         self.bytes_read = 0
@@ -166,7 +169,7 @@ class _SharedReader:
         """As `Reader.read_into`."""
         self.bytes_read += self._share.read_into(self._run, offset, view)
 
-    def expect_once(self, *, announces: bool) -> None:
+    def expect_once(self, *, announces: bool, rows: Sequence[RowSpan] = ()) -> None:
         """As `Reader.expect_once`; other runs may read the same again."""
 
     def lend(self, offset: int, nbytes: int) -> Loan | None:  # noqa: ARG002
