@@ -138,10 +138,16 @@ class Statistics:
         >>> Statistics(count=2, amax=1.0).merge(Statistics(count=3, amax=0.5)).count
         5
         """
-        largest = ("max_error", "amax")
-        pairs = {field.name: (getattr(self, field.name), getattr(other, field.name)) for field in fields(self)}
-        merged: dict[str, Any] = {name: _larger(*p) if name in largest else sum(p) for name, p in pairs.items()}
-        return Statistics(**merged)
+        return Statistics(
+            count=self.count + other.count,
+            squared_error=self.squared_error + other.squared_error,
+            squared_weight=self.squared_weight + other.squared_weight,
+            max_error=_larger(self.max_error, other.max_error),
+            amax=_larger(self.amax, other.amax),
+            clipped=self.clipped + other.clipped,
+            zeroed=self.zeroed + other.zeroed,
+            nonzero=self.nonzero + other.nonzero,
+        )
 
     def to_json(self) -> dict[str, int | float | None]:
         """Describe the statistics; floats keep six significant digits, and None stands for what is not finite.

@@ -15,11 +15,11 @@ import os
 import sys
 import tempfile
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from math import isfinite, prod
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,7 @@ from shardmill.core.search import code_bounds, moves_of
 from shardmill.core.statistics import Extent, Statistics
 
 if TYPE_CHECKING:
-    from shardmill.kernels.compiled import Codec, Found, Outputs, Rule, Tiling
+    from shardmill.kernels.compiled import Codec, Found, Outputs, Rule, Tiles, Tiling, Work
 
 Array = npt.NDArray[Any]
 Buffer = bytearray | memoryview | Array
@@ -41,6 +41,8 @@ _PACKED: Final = "pack-quantized"
 _FP4_FORMATS: Final = frozenset({"nvfp4-pack-quantized", "mxfp4-pack-quantized"})
 _FORMATS: Final = _FP4_FORMATS | {_PACKED, "int-quantized", "float-quantized", "naive-quantized", "mxfp8-quantized"}
 _INFINITY: Final = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
+_UNSIGNED: Final = {8 * size: np.dtype(f"<u{size}") for size in (1, 2, 4, 8)}
+"""By width in bits."""
 _MX_OFFSET: Final = {4: 2, 8: 8}
 """floor(log2(largest value)) of E2M1 and E4M3."""
 
@@ -94,11 +96,10 @@ def from_buffer(buffer: Buffer, dtype: str, shape: tuple[int, ...]) -> Array:
     >>> [hex(bits) for bits in from_buffer(bytearray.fromhex("0000803f"), "F32", (1,)).tolist()]
     ['0x3f800000']
     """
-    bits = np.dtype(f"<u{BITS[dtype] // 8}")
-    octets = np.frombuffer(buffer, np.uint8) if prod(shape) else np.empty(0, np.uint8)
-    if octets.ctypes.data % bits.itemsize:
-        octets = octets.copy()
-    array = octets.view(bits).reshape(shape)
+    bits = _UNSIGNED[BITS[dtype]]
+    array = np.frombuffer(buffer, bits).reshape(shape) if prod(shape) else np.empty(shape, bits)
+    if not array.flags.aligned:
+        array = array.copy()
     array.flags.writeable = False
     return array
 
@@ -114,6 +115,8 @@ class Workspace:
     def __init__(self) -> None:
         self._octets = np.empty(0, np.uint8)
         self._values = np.empty(0, np.float32)
+        self._band: tuple[Tiles, Work] | None = None
+        self._band_key: tuple[int, int, npt.DTypeLike] | None = None
 
     def take(self, size: int) -> npt.NDArray[np.uint8]:
         """Give `size` bytes of any content, the same as last time."""
@@ -126,6 +129,15 @@ class Workspace:
         if self._values.size < size:
             self._values = np.empty(size, np.float32)
         return self._values[:size]
+
+    def take_band(self, bits: Array, tiling: Tiling) -> tuple[Tiles, Work]:
+        """Give room for one band of tiles of rows like these, the same as last time where they are alike."""
+        key = tiling.cols, tiling.width, bits.dtype
+        if self._band is None or key != self._band_key:
+            loops = _compiled()
+            tiles = loops.new_tiles(-(-tiling.cols // tiling.width))
+            self._band, self._band_key = (tiles, loops.new_work(bits[: tiling.cols], tiling.width)), key
+        return self._band
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,14 +228,10 @@ def encode(
     """
     loops = _compiled()
     bits, kind = _as_bits(rows, dtype)
-    tiling = _tiling(args, rows.shape, kind)
-    stride, width = _row_bytes(args, format, tiling.cols)
-    codec = _codec(args, width, is_packed=format == _PACKED)
+    tiling, codec, rule, stride, grid = _way(args, format, scale_dtype, rows.shape, kind, whole)
     workspace = workspace or Workspace()
     room = workspace.take(tiling.rows * stride + loops.SLACK)
     octets = room[: -loops.SLACK]
-    grid = -(-tiling.rows // tiling.height), -(-tiling.cols // tiling.width)
-    rule = _rule(args, scale_dtype, whole)
     is_narrow = args.scale_dtype is not None
     out = loops.Outputs(
         room,
@@ -231,7 +239,7 @@ def encode(
         np.empty(prod(grid) if is_narrow else 0, np.uint8),
         np.empty(0 if args.symmetric else prod(grid), np.int8),
     )
-    tiles, work = loops.new_tiles(grid[1]), loops.new_work(bits[: tiling.cols], tiling.width)
+    tiles, work = workspace.take_band(bits, tiling)
     found: Found = loops.encode(bits, tiling, codec, rule, tiles, work, out)
     if search is not None:
         _search(bits, tiling, codec, rule, args, search, importance, workspace, out)
@@ -274,6 +282,35 @@ def _value(bits: int, kind: str) -> float:
     if kind == "F16":
         return float(np.uint16(bits).view(np.float16))
     return float(np.uint32(bits << (16 if kind == "BF16" else 0)).view(np.float32))
+
+
+class _Way(NamedTuple):
+    """How row blocks of one shape become codes."""
+
+    tiling: Tiling
+    codec: Codec
+    rule: Rule
+    stride: int
+    """Bytes of a row of codes."""
+    grid: tuple[int, int]
+    """Tiles along each side."""
+
+
+@lru_cache(maxsize=64)
+def _way(
+    args: WeightArgs,
+    format: str,  # noqa: A002 - as in encode
+    scale_dtype: str,
+    shape: tuple[int, int],
+    kind: str,
+    whole: Extent | None,
+) -> _Way:
+    """Translate a scheme; kept, because a weight has many row blocks and this takes as long as a small one."""
+    tiling = _tiling(args, shape, kind)
+    stride, width = _row_bytes(args, format, tiling.cols)
+    codec = _codec(args, width, is_packed=format == _PACKED)
+    grid = -(-tiling.rows // tiling.height), -(-tiling.cols // tiling.width)
+    return _Way(tiling, codec, _rule(args, scale_dtype, whole), stride, grid)
 
 
 def _tiling(args: WeightArgs, shape: tuple[int, ...], kind: str) -> Tiling:
