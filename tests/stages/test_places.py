@@ -21,10 +21,12 @@ from shardmill.core.recipe import Recipe, uniform
 from shardmill.errors import DestinationInvalid
 from shardmill.stages.pipeline import RunOptions, RunResult, Watcher, run
 from shardmill.stages.plan import Locations, make_plan
+from shardmill.stages.validate import validate_locations
 from shardmill.storage.local import LocalFolder
 from shardmill.storage.memory import MemoryFolder
 from shardmill.storage.operations import Faults, watched
 from shardmill.storage.publish import LocalDestination, ObjectDestination, Release
+from shardmill.storage.store import Store
 
 CPU = RunOptions(device="cpu", workers=1)
 FP8, W8A8 = uniform("FP8_DYNAMIC"), uniform("W8A8")
@@ -304,6 +306,30 @@ def test_shards_that_the_store_holds_need_no_space(
     assert refused_for_space(again) == (10_000, 9_999)
     monkeypatch.setattr(LocalFolder, "free_bytes", lambda _self: 10_000)
     assert all(outcome.is_hit for outcome in run(again, FP8, CPU).outcomes)
+
+
+def test_a_slow_source_is_looked_up_many_shards_at_a_time(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = threading.Barrier(2)
+    monkeypatch.setattr(LocalFolder, "traits", replace(LocalFolder.traits, is_remote=True))
+    monkeypatch.setattr(Store, "seems_to_hold", lambda *_: pair.wait(20) >= 0)
+    locations = Locations(source=str(large), destination=str(tmp_path / "result"))
+    plan = make_plan(locations.open_source(), FP8)
+    assert validate_locations(plan, locations, locations.open_store()) == []
+    assert not pair.broken
+
+
+def test_where_space_has_no_limit_no_shard_is_looked_up_for_it(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(*_: Any) -> bool:
+        raise AssertionError("looked up")
+
+    monkeypatch.setattr(LocalFolder, "free_bytes", lambda _self: None)
+    monkeypatch.setattr(Store, "seems_to_hold", look)
+    run(Locations(source=str(large), destination=str(tmp_path / "result")), FP8, CPU)
+    assert (tmp_path / "result" / "config.json").exists()
 
 
 def test_a_disk_that_is_just_large_enough_is_used(small_disk: Path, tmp_path: Path) -> None:

@@ -16,15 +16,13 @@ from shardmill.errors import BlobsGone, Interrupted, ShardFailures
 from shardmill.stages.devices import DevicePool, resolve_devices
 from shardmill.stages.finalize import claim_of, clear_claim, finalize, published_result
 from shardmill.stages.nonfinite import find_kept
-from shardmill.stages.plan import Locations, make_plan
+from shardmill.stages.plan import Locations, look_up, make_plan
 from shardmill.stages.quantize import Controls, failed_checks, find_stored, quantize_shard
 from shardmill.stages.validate import pin_readable, refuse_problems, validate_locations, validate_plan
 from shardmill.storage.shared import Companion
 from shardmill.storage.source import SourceFolder
 from shardmill.storage.store import FAST, Store
 
-_LOOKUPS: Final = 16
-"""Shards that are looked up at a time where that means waiting for a network."""
 ROUNDS: Final = 3
 """Times that shards are looked up and done before a run gives up on a store that keeps losing them."""
 
@@ -163,8 +161,7 @@ def quantize_all(
     """Quantize every shard that the store does not have; hits are told without starting a worker."""
     found: dict[str, ShardOutcome] = {}
     misses: list[ShardPlan] = []
-    with ThreadPoolExecutor(_LOOKUPS if store.folder.traits.is_remote or source.folder.traits.is_remote else 1) as pool:
-        stored = list(pool.map(lambda shard: find_stored(shard, source, store), plan.shards))
+    stored = look_up(plan.shards, lambda shard: find_stored(shard, source, store), store.folder, source.folder)
     for shard, outcome in zip(plan.shards, stored, strict=True):
         if outcome is None:
             misses.append(shard)

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Final, TypeVar
 
 from shardmill.core.limits import Intake
 from shardmill.core.nonfinite import Kept
-from shardmill.core.plan import Plan
+from shardmill.core.plan import Plan, ShardPlan
 from shardmill.core.planner import build_plan
 from shardmill.core.recipe import Recipe
 from shardmill.errors import show
 from shardmill.stages.importance import check_importance, resolve_importance
 from shardmill.stages.input_scale import take_input_scales
+from shardmill.storage.folder import Folder
 from shardmill.storage.location import HUB, Location, open_location, parse_location
 from shardmill.storage.publish import Destination, open_destination
 from shardmill.storage.source import SourceFolder, Survey, open_source, read_checkpoint
 from shardmill.storage.store import FAST, FOLDER_NAME, Store, listing_state
+
+_LOOKUPS: Final = 16
+"""Shards that are looked up at a time where that means waiting for a network."""
+_T = TypeVar("_T")
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +101,12 @@ def _tell_second_names(seen: Survey) -> None:
     if names:
         more = f" and {len(names) - 1} more files have" if len(names) > 1 else " has"
         log.warning("%s%s a second name on this disk (hard link); used as it is", show(names[0]), more)
+
+
+def look_up(shards: Sequence[ShardPlan], look: Callable[[ShardPlan], _T], *folders: Folder) -> list[_T]:
+    """What is found of each shard; of many at a time where one of the folders lies behind a network."""
+    with ThreadPoolExecutor(_LOOKUPS if any(folder.traits.is_remote for folder in folders) else 1) as pool:
+        return list(pool.map(look, shards))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Final
 from shardmill.core.checks import check_shard, source_names
 from shardmill.core.plan import Plan, ShardPlan
 from shardmill.errors import CheckpointInvalid, DestinationInvalid, Problem, Refused, StorageFailed, show
-from shardmill.stages.plan import Locations
+from shardmill.stages.plan import Locations, look_up
 from shardmill.storage.folder import Folder
 from shardmill.storage.location import parse_location
 from shardmill.storage.publish import check_apart
@@ -86,9 +86,7 @@ def validate_locations(plan: Plan, locations: Locations, store: Store) -> list[P
     problems = check_places(locations, store)
     if not problems:
         destination = locations.open_destination()
-        problems = _told(
-            destination.url, lambda: _check_space(plan, locations.open_source(), store, destination.folder)
-        )
+        problems = _told(destination.url, lambda: _check_space(plan, locations, store, destination.folder))
     return sorted(set(problems))
 
 
@@ -133,12 +131,16 @@ def _unreachable(place: str, error: StorageFailed) -> Problem:
     return Problem(file=place, kind="storage-unreachable", message=str(error), way_out=way_out)
 
 
-def _check_space(plan: Plan, source: SourceFolder, store: Store, destination: Folder) -> list[Problem]:
+def _check_space(plan: Plan, locations: Locations, store: Store, destination: Folder) -> list[Problem]:
     """Compare the bytes that will be written with what is free, on the disks of store and destination."""
+    if all(folder.free_bytes() is None for folder in (store.folder, destination)):
+        return []
     if any(check_shard(shard) for shard in plan.shards):
         return []  # what cannot be treated as decided has no size
+    source = locations.open_source()
     sizes = {shard.name: shard.sizes().output_bytes for shard in plan.shards}
-    missing = sum(sizes[shard.name] for shard in plan.shards if not store.seems_to_hold(shard, source))
+    held = look_up(plan.shards, lambda shard: store.seems_to_hold(shard, source), store.folder, source.folder)
+    missing = sum(sizes[shard.name] for shard, is_held in zip(plan.shards, held, strict=True) if not is_held)
     files = sum(source.identity(name).size for name in plan.files)
     if _device(store.folder) == _device(destination):  # publishing makes hard links
         return _too_small(destination, store.folder, missing + files)
