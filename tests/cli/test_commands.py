@@ -188,6 +188,18 @@ def test_run_gives_one_document(source: Path, tmp_path: Path, capsys: pytest.Cap
     assert document["next"] == f"vllm serve {tmp_path / 'result'}"
 
 
+def test_the_memory_of_the_parent_is_not_told_as_that_of_a_run(source: Path, tmp_path: Path) -> None:
+    arguments = ["run", str(source), str(tmp_path / "result"), "--scheme", "FP8_DYNAMIC", "--device", "cpu", "--json"]
+    parent = """
+import subprocess, sys
+held = bytearray(b"1") * 1_000_000_000
+sys.exit(subprocess.run([sys.executable, "-c", *sys.argv[1:]]).returncode)
+"""
+    command = [sys.executable, "-c", parent, PROGRAM, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert 30_000_000 < json.loads(done.stdout)["peak_memory_bytes"] < 900_000_000
+
+
 def test_a_second_run_finds_everything(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(source, tmp_path / "first") == 0
     assert run(source, tmp_path / "first", "--json") == 0

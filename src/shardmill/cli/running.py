@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -205,5 +208,14 @@ def show_result(result: RunResult, options: Options, console: Console) -> dict[s
 
 
 def _peak_memory() -> int:
-    """Largest resident size of this process in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Largest resident size of this process in bytes.
+
+    What `getrusage` tells begins with the size of whoever started the process, and is in bytes on macOS.
+    """
+    try:
+        own = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii", errors="replace"))
+    except OSError:
+        own = None
+    if own is not None:
+        return int(own[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
